@@ -1,0 +1,59 @@
+"""Which implementation serves a call: the first, in the order of measured speed, that can."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .problem import Problem, UnsupportedCall
+from .registry import IMPLEMENTATIONS, Implementation
+
+# Fastest first. naive is last: chunked serves whatever it serves, and faster.
+ORDER = ("triton", "flash", "chunked", "naive")
+
+
+@dataclass(frozen=True, slots=True)
+class Explanation:
+    """What `backend="auto"` does with a call: the implementation chosen, and why each other one was passed over."""
+
+    problem: Problem
+    chosen: str
+    passed_over: dict[str, str]
+
+    def __str__(self) -> str:
+        lines = [f"{self.chosen}: chosen"]
+        lines += [f"{name}: {reason}" for name, reason in self.passed_over.items()]
+        return "\n".join(lines)
+
+
+def explain_problem(problem: Problem) -> Explanation:
+    """Choose for a problem and say why."""
+    chosen = ""
+    passed_over: dict[str, str] = {}
+    for name in ORDER:
+        implementation = IMPLEMENTATIONS[name]
+        reason = why_not(implementation, problem)
+        if reason is None and chosen:
+            reason = f"could serve this call; {chosen} is preferred because it is faster"
+        if reason is None:
+            chosen = name
+        else:
+            passed_over[name] = reason
+    return Explanation(problem, chosen, passed_over)
+
+
+def why_not(implementation: Implementation, problem: Problem) -> str | None:
+    """The sentence that says why an implementation cannot serve a problem on this machine, or None."""
+    return implementation.why_unavailable(problem.device) or implementation.why_not(problem)
+
+
+def choose(problem: Problem, backend: str) -> Implementation:
+    """The implementation for a call; a backend that is named but cannot serve it raises UnsupportedCall."""
+    if backend != "auto":
+        reason = why_not(IMPLEMENTATIONS[backend], problem)
+        if reason is not None:
+            raise UnsupportedCall(f"backend={backend!r} cannot serve this call: {reason}")
+        return IMPLEMENTATIONS[backend]
+    for name in ORDER:
+        if why_not(IMPLEMENTATIONS[name], problem) is None:
+            return IMPLEMENTATIONS[name]
+    raise AssertionError("naive serves every valid call")

@@ -1,0 +1,195 @@
+"""flash: a flash-attention kernel for the window, the slots of `slots.py`, merged by their log-sum-exps. CUDA only.
+
+One autograd.Function. With lse the log-sum-exp over slots and window together and delta = sum(do * o) over the merged
+output, every weight is p = exp(logit - lse) and every logit's gradient p * (do . value - delta). So the backward of
+each half gets the merged output and the merged lse in place of its own, and no gradient has to pass through a
+log-sum-exp (flash-attention kernels would drop it).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from . import flash_window
+from .flash_window import Packing, window_attention, window_kernel
+from .problem import Inputs, Problem, Result
+from .slots import (
+    Plan,
+    Segment,
+    Source,
+    final_slots,
+    initial_slots,
+    mask_slots,
+    plan,
+    remember,
+    slot_index,
+    slot_logits,
+    slot_tokens,
+    slot_values,
+    walk,
+    walk_back,
+    window_queries,
+)
+
+__all__ = ["run", "why_not", "why_unavailable", "window_attention"]
+
+DTYPES = (torch.float16, torch.bfloat16)
+
+
+def why_unavailable(device_type: str = "cuda") -> str | None:
+    """Why `flash` cannot run on a device type of this machine at all, or None."""
+    if device_type != "cuda":
+        return f"flash runs flash-attention kernels, which are for CUDA only; the tensors are on {device_type}"
+    return flash_window.why_unavailable()
+
+
+def why_not(problem: Problem) -> str | None:
+    """Why `flash` cannot serve a call: the limits of flash-attention kernels."""
+    if problem.dtype not in DTYPES:
+        return f"flash-attention kernels take float16 or bfloat16, not {str(problem.dtype).removeprefix('torch.')}"
+    if problem.capability is not None and problem.capability < (8, 0):
+        return f"flash-attention kernels need compute capability 8.0, this GPU has {problem.capability}"
+    if problem.head_dim != problem.value_dim:
+        return f"flash-attention kernels need D = Dv, not {problem.head_dim} and {problem.value_dim}"
+    if problem.head_dim > 256 or problem.head_dim % 8:
+        return f"flash-attention kernels take multiples of 8 up to 256 as head size, not {problem.head_dim}"
+    if problem.window == 0:
+        return "window_size = 0 leaves nothing for a flash-attention kernel to do"
+    if problem.return_lse and problem.needs_grad:
+        return "flash-attention kernels have no gradient for the log-sum-exp"
+    return None
+
+
+def run(problem: Problem, inputs: Inputs) -> Result:
+    """Serve a call; reads cu_seqlens on the host (one wait for the GPU), and nothing else."""
+    source = Source(problem, inputs)
+    keys, values, packing = _pack_window(problem, inputs, source)
+    work = _Work(problem, inputs.scale, source, plan(problem, inputs, 0), packing)
+    slot_tensors = [source.k, source.v, source.g, *([] if source.s is None else [source.s])]
+    o, lse, final = _Flash.apply(
+        work, initial_slots(problem, inputs), window_queries(problem, inputs), keys, values,
+        inputs.q.flatten(0, 1), *slot_tensors,
+    )  # fmt: skip
+    shape = (problem.batch, problem.tokens, problem.q_heads)
+    slots = final_slots(problem, inputs, final) if problem.output_final_state else (None, None)
+    return Result(o.view(*shape, problem.value_dim), lse.view(shape), *slots)
+
+
+def _pack_window(problem: Problem, inputs: Inputs, source: Source) -> tuple[Tensor, Tensor, Packing]:
+    """The window's keys and values, each sequence's recent tokens before those of the call, without gaps."""
+    device = inputs.q.device
+    if inputs.cu_seqlens is None:
+        cu_q = torch.arange(problem.sequences + 1, device=device, dtype=torch.int32) * problem.tokens
+        max_q = problem.tokens
+    else:
+        cu_q = inputs.cu_seqlens
+        max_q = int(cu_q.diff().max())
+    if inputs.state is None or source.recent == 0 or problem.window == 1:
+        tokens = problem.batch * problem.tokens
+        packing = Packing(cu_q, cu_q, max_q, max_q, problem.window, inputs.scale)
+        return source.k_window[:tokens], source.v[:tokens], packing
+
+    # How many recent tokens there are is known on the device only: pack to an upper bound, leave the end unused.
+    length = cu_q.diff().to(torch.int64)
+    recent = inputs.state.seen.clamp(max=min(source.recent, problem.window - 1))
+    cu_k = torch.cat((recent.new_zeros(1), (recent + length).cumsum(0)))
+    bound = problem.batch * problem.tokens + problem.sequences * source.recent
+    place = torch.arange(bound, device=device)
+    sequence = (torch.searchsorted(cu_k, place, right=True) - 1).clamp(max=problem.sequences - 1)
+    position = place - cu_k[sequence] - recent[sequence]
+    offset = cu_q.to(torch.int64)[sequence]
+    index = torch.where(
+        position < 0,
+        problem.batch * problem.tokens + sequence * source.recent + (inputs.state.seen[sequence] + position) % source.recent,
+        (offset + position).clamp(max=problem.batch * problem.tokens - 1),
+    )
+    packing = Packing(cu_q, cu_k.to(torch.int32), max_q, max_q + source.recent, problem.window, inputs.scale)
+    return source.k_window[index], source.v[index], packing
+
+
+class _Work:
+    """What the segments of one call share. The slots of a segment, given its rows' log-sum-exp or on their own."""
+
+    def __init__(self, problem: Problem, scale: float, source: Source, plan: Plan, packing: Packing) -> None:
+        self.problem, self.scale, self.source, self.plan, self.packing = problem, scale, source, plan, packing
+
+    def indices(self, segment: Segment) -> list[Tensor]:
+        """For the tensors (over all rows: lse of the merged softmax or of the window alone), q, k, v, g and s."""
+        row = segment.row_index()
+        slot = slot_index(self.problem, self.source, segment)
+        return [row, row, *[slot] * (3 if self.source.s is None else 4)]
+
+    def _logits(
+        self, segment: Segment, local: list[Tensor], begin: Tensor | None, carry: Tensor
+    ) -> tuple[Any, Any, Tensor, Tensor]:
+        _, q, k, v, g = local[:5]
+        tokens = slot_tokens(self.problem, self.source, segment, k, v, g, local[5] if len(local) > 5 else None)
+        memory, after_block = remember(tokens, segment, begin, carry)
+        logits = slot_logits(self.problem, memory, tokens, q) * self.scale
+        return memory, tokens, mask_slots(self.problem, self.source, segment, logits), after_block
+
+    def merge(
+        self, segment: Segment, local: list[Tensor], begin: Tensor | None, carry: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Forward. local[0]: the window's lse [n, ROWS, HQ]. Gives the slots' part of o [n * ROWS, HQ, Dv] and the
+        merged lse [n * ROWS, HQ]."""
+        memory, tokens, logits, after_block = self._logits(segment, local, begin, carry)
+        window_lse = local[0].unflatten(2, (-1, self.problem.group)).unsqueeze(-1)  # [n, ROWS, H, NG, 1]
+        lse = torch.logaddexp(logits.logsumexp(-1, keepdim=True), window_lse)
+        o = slot_values(self.problem, memory, tokens, torch.exp(logits - lse))
+        return (o.flatten(2, 3).flatten(0, 1), lse.flatten(2).flatten(0, 1)), after_block
+
+    def weigh(
+        self, segment: Segment, local: list[Tensor], begin: Tensor | None, carry: Tensor
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """Backward. local[0]: the merged lse, a constant. Gives the slots' part of o and their share of the softmax
+        [n * ROWS, HQ]: with gradients do and -delta, the two together have the gradient p * (do . value - delta)."""
+        memory, tokens, logits, after_block = self._logits(segment, local, begin, carry)
+        lse = local[0].detach().unflatten(2, (-1, self.problem.group)).unsqueeze(-1)
+        p = torch.exp(logits - lse)
+        o = slot_values(self.problem, memory, tokens, p)
+        return (o.flatten(2, 3).flatten(0, 1), p.sum(-1).flatten(2).flatten(0, 1)), after_block
+
+
+class _Flash(torch.autograd.Function):
+    """(work, initial, q_window, keys, values, q, k, v, g, s) -> o [B * T, HQ, Dv], lse [B * T, HQ], final slots."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, work: _Work, initial: Tensor | None, q_window: Tensor, keys: Tensor, values: Tensor, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        problem, rows = work.problem, work.plan.row_of_token
+        q_window, keys, values = q_window.contiguous(), keys.contiguous(), values.contiguous()
+        kernel = window_kernel(problem.capability or (0, 0))
+        window_o, window_lse, saved = kernel.forward(q_window, keys, values, work.packing)
+        window_lse = window_lse.transpose(0, 1).contiguous()  # [B * T, HQ]
+        (slots_o, lse), final, carries = walk(
+            problem, work.plan.segments, work.indices, work.merge, initial, (window_lse, *tensors)
+        )
+        lse = lse[rows]
+        share = torch.exp(window_lse - lse)[..., None]
+        o = (slots_o[rows] + share * window_o).to(problem.dtype)
+        ctx.work, ctx.kernel, ctx.carries, ctx.saved = work, kernel, carries, saved
+        ctx.save_for_backward(initial, q_window, keys, values, o, lse, *tensors)
+        ctx.mark_non_differentiable(lse)
+        return o, lse, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor, grad_final: Tensor) -> tuple[Any, ...]:
+        work: _Work = ctx.work
+        initial, q_window, keys, values, o, lse, *tensors = ctx.saved_tensors
+        grad_o = grad_o.contiguous()
+        window_grads = ctx.kernel.backward(
+            grad_o, q_window, keys, values, o, lse.transpose(0, 1).contiguous(), work.packing, ctx.saved
+        )
+        delta = (grad_o.float() * o.float()).sum(-1)  # [B * T, HQ]
+        grad_initial, grads = walk_back(
+            work.problem, work.plan.segments, work.indices, work.weigh, initial, (lse, *tensors), ctx.carries,
+            [work.plan.over_rows(grad_o), work.plan.over_rows(-delta)], grad_final,
+        )  # fmt: skip
+        return None, grad_initial, *window_grads, *grads[1:]

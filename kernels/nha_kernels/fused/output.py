@@ -1,0 +1,262 @@
+"""The output: a tile of tokens and query heads meets the slots and its window under one softmax.
+
+A tile is BT tokens times HB query heads of one kv head, packed into the BR rows of every product, so that the heads
+share keys, values, gates and decays. Let e = t - delay be the last token in a row's slots and S0 the slots stored
+before `base`, the last multiple of C at or before the tile's first e. With q.k for the tokens between,
+
+    q_t . K~ = decay(base..e) * (q_t . S0) + sum_{base <= j <= e} (q_t . k_j) * s_j * decay(j+1..e)      slot by slot
+
+and the values likewise from the other side. How decay(j+1..e) is split into a factor for the row and one for the token:
+bf16: both refer to the tile's first token, with one fixed exponent anchor (`ANCHOR`); a reference that depended on
+later gates would break causality to the bit. fp16 and fp32 (EXACT): by a tree of references, halves of the tile, where
+both factors are at most 1 and sums of gates are direct, so nothing overflows or cancels.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    ANCHOR,
+    FORGET,
+    LOG2E,
+    STRONGEST,
+    at_least,
+    dot,
+    find_piece,
+    load_tokens,
+    rotate,
+    sum_gates,
+    write_strength,
+)
+
+
+@triton.jit
+def softmax_step(b_logit, b_max, b_sum):
+    """Take a block of logits (log2) into a running softmax: its weights, the factor for what came before, the state."""
+    b_new = tl.maximum(b_max, tl.max(b_logit, 1))
+    b_safe = tl.where(b_new == float("-inf"), 0.0, b_new)  # rows that have seen nothing yet
+    b_p = tl.exp2(b_logit - b_safe[:, None])
+    b_factor = tl.exp2(b_max - b_safe)
+    return b_p, b_factor, b_new, b_sum * b_factor + tl.sum(b_p, 1)
+
+
+@triton.jit
+def tree_masks(level: tl.constexpr, tok, u):
+    """At one level of the tree, halves of 2^level tokens: which pairs (row, token) meet across the middle of a block,
+    which gates lie between the middle and the row, and which between the token and the middle.
+
+    tok: the rows' token in the tile [BR]; u: the slot tokens', relative to the tile's first [J].
+    Gives m_pair [BR, J], m_row [BR, J], m_token [J, J].
+    """
+    half: tl.constexpr = 2**level
+    m_inside = u >= 0
+    b_block = tl.where(m_inside, u, 0) // (2 * half)
+    m_first = m_inside & (tl.where(m_inside, u, 0) // half % 2 == 0)
+    r_block = tok // (2 * half)
+    r_middle = r_block * (2 * half) + half
+    m_second = tok // half % 2 == 1
+    m_pair = m_second[:, None] & m_first[None, :] & (r_block[:, None] == b_block[None, :])
+    m_row = (u[None, :] >= r_middle[:, None]) & (u[None, :] <= tok[:, None])
+    middle = b_block * (2 * half) + half
+    m_token = (u[None, :] > u[:, None]) & (u[None, :] < middle[:, None])
+    return m_pair, m_row, m_token
+
+
+@triton.jit
+def slot_logits(b_dots, b_earlier, b_g, b_strength, tok, u, LEVELS: tl.constexpr, EXACT: tl.constexpr):
+    """q . K~ of a block of slots: b_dots [BR, J] = q . k masked to j <= e, b_earlier [BR, BM] = q . S0.
+
+    b_g, b_strength [J, BM]. Gives the logits [BR, BM] and what the values need again: the rows' decay since `base`
+    (EXACT) or since the tile's first token, the tokens' factors [J, BM] and the decay from `base` to the tile [BM].
+    """
+    if EXACT:
+        b_g = at_least(b_g, FORGET)
+        b_decay = tl.exp2(sum_gates(u[None, :] <= tok[:, None], b_g, EXACT))
+        b_logit = b_earlier * b_decay
+        b_token = b_strength * tl.exp2(sum_gates((u[None, :] > u[:, None]) & (u[None, :] < 0), b_g, EXACT))
+        b_row = tl.exp2(sum_gates((u[None, :] >= 0) & (u[None, :] <= tok[:, None]), b_g, EXACT))
+        b_logit += dot(tl.where((u < 0)[None, :], b_dots, 0.0).to(b_dots.dtype), b_token.to(b_dots.dtype)) * b_row
+        m_self = u[None, :] == tok[:, None]
+        b_logit += dot(tl.where(m_self, b_dots, 0.0).to(b_dots.dtype), b_strength.to(b_dots.dtype))
+        for level in tl.static_range(LEVELS):
+            m_pair, m_row, m_token = tree_masks(level, tok, u)
+            b_token = b_strength * tl.exp2(sum_gates(m_token, b_g, EXACT))
+            b_row = tl.exp2(sum_gates(m_row, b_g, EXACT))
+            b_logit += dot(tl.where(m_pair, b_dots, 0.0).to(b_dots.dtype), b_token.to(b_dots.dtype)) * b_row
+        return b_logit, b_decay, b_strength, b_strength
+    else:
+        b_g = at_least(b_g, STRONGEST)
+        # Before the tile: the gates after a token up to the tile. In the tile: those up to the token, negative.
+        m_before = (u[None, :] > u[:, None]) & (u[None, :] < 0)
+        m_since = (u[None, :] >= 0) & (u[None, :] <= u[:, None])
+        b_sums = sum_gates(m_before.to(tl.float32) - m_since.to(tl.float32), b_g, EXACT)
+        b_token = b_strength * tl.exp2(b_sums - ANCHOR)
+        b_row = tl.exp2(sum_gates((u[None, :] >= 0) & (u[None, :] <= tok[:, None]), b_g, EXACT) + ANCHOR)
+        b_before = tl.sum(tl.where((u < 0)[:, None], b_g.to(tl.float32), 0.0), 0) * LOG2E
+        b_before = tl.exp2(b_before - ANCHOR)
+        b_logit = (b_earlier * b_before[None, :] + dot(b_dots, b_token.to(b_dots.dtype))) * b_row
+        return b_logit, b_row, b_token, b_before
+
+
+@triton.jit
+def slot_weights(b_p, b_decay, b_token, b_before, b_g, tok, u, LEVELS: tl.constexpr, EXACT: tl.constexpr, dtype):
+    """What a row's slot weights b_p [BR, BM] come to: on the stored slots [BR, BM], and on the tokens since [BR, J]."""
+    if EXACT:
+        b_g = at_least(b_g, FORGET)
+        b_strength = b_token
+        b_token = b_strength * tl.exp2(sum_gates((u[None, :] > u[:, None]) & (u[None, :] < 0), b_g, EXACT))
+        b_row = tl.exp2(sum_gates((u[None, :] >= 0) & (u[None, :] <= tok[:, None]), b_g, EXACT))
+        b_w = dot((b_p * b_row).to(dtype), tl.trans(b_token.to(dtype)))
+        b_w = tl.where((u < 0)[None, :], b_w, 0.0)
+        b_w += tl.where(u[None, :] == tok[:, None], dot(b_p.to(dtype), tl.trans(b_strength.to(dtype))), 0.0)
+        for level in tl.static_range(LEVELS):
+            m_pair, m_row, m_token = tree_masks(level, tok, u)
+            b_token = b_strength * tl.exp2(sum_gates(m_token, b_g, EXACT))
+            b_row = tl.exp2(sum_gates(m_row, b_g, EXACT))
+            b_w += tl.where(m_pair, dot((b_p * b_row).to(dtype), tl.trans(b_token.to(dtype))), 0.0)
+        return b_p * b_decay, b_w
+    else:
+        b_scaled = b_p * b_decay
+        # Entries of later tokens may be inf; they are masked with the rest.
+        b_w = dot(b_scaled.to(dtype), tl.trans(b_token.to(dtype)))
+        return b_scaled * b_before[None, :], tl.where(u[None, :] <= tok[:, None], b_w, 0.0)
+
+
+@triton.jit(do_not_specialize=["T", "R", "P", "W", "delay", "tiles", "segments", "N"])
+def output_kernel(
+    p_q, p_q_window, tokens, recent, layout, p_first_segment, p_states, rope, p_o, p_lse,
+    T, R, P, W, delay, tiles, segments, N, scale,
+    HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr,
+    C: tl.constexpr, CHUNKS: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, HB: tl.constexpr, J: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, LEVELS: tl.constexpr,
+    MASK_EMPTY: tl.constexpr, EXACT: tl.constexpr,
+):  # fmt: skip
+    """One tile of BT tokens and HB query heads of a kv head, as BR rows.
+
+    p_q, p_q_window [*, HQ, D]; rope: (cos, sin) [P, D/2] or None; p_states [chunks, H, M, E], with CHUNKS chunks a
+    segment; p_o [*, HQ, DV]; p_lse [*, HQ] fp32 or None. J: slot tokens since the stored state; BN: keys of a window
+    block; BM: slots of a block.
+    """
+    E: tl.constexpr = D + DV
+    NG: tl.constexpr = HQ // H
+    PARTS: tl.constexpr = (NG + HB - 1) // HB
+    dtype = p_q.dtype.element_ty
+    tile = tl.program_id(0) // (H * PARTS)
+    h = tl.program_id(0) % (H * PARTS) // PARTS
+    part = tl.program_id(0) % PARTS
+    if layout.cu_seqlens is not None:
+        if tl.load(layout.sequence + tile) >= N:
+            return
+    n, index, start, length, seen = find_piece(layout, tile, tiles, T)
+
+    r = tl.arange(0, BR)
+    tok = r // HB
+    head = part * HB + r % HB
+    t = index * BT + tok
+    m_row = (tok < BT) & (t < length) & (head < NG)
+    row = (start + t) * HQ + h * NG + head
+    d = tl.arange(0, BD)
+    dv = tl.arange(0, BDV)
+    m_d = d < D
+    m_dv = dv < DV
+    b_q = tl.load(p_q + row[:, None] * D + d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)  # [BR, BD]
+
+    # The stored state at or before the tile's first slot token, and the tokens from there on.
+    if recent.k is None:
+        past = 0
+        waiting = 0
+        visible = 0
+    else:
+        past = (delay + C - 1) // C * C
+        waiting = tl.minimum(seen, delay)
+        visible = tl.minimum(seen, R)
+    stream = index * BT - delay + past
+    chunk = tl.where(stream >= 0, stream // C, -((C - 1 - stream) // C))  # floor
+    u = tl.arange(0, J) - (stream - chunk * C)  # [J] slot tokens, relative to the tile's first
+    position = index * BT - delay + u
+    m_token = (position >= -waiting) & (position < length)
+    b_k = load_tokens(tokens.k, recent.k, start, n, seen, position, m_token, h, H, R, D, d, m_d)  # [J, BD]
+    b_dots = dot(b_q, tl.trans(b_k))  # [BR, J]
+    b_dots = tl.where(u[None, :] <= tok[:, None], b_dots, 0.0).to(dtype)
+    if layout.cu_seqlens is None:
+        first = n * segments
+    else:
+        first = tl.load(p_first_segment + n)
+    state = (first.to(tl.int64) * CHUNKS + chunk) * H + h
+
+    b_max = tl.full([BR], float("-inf"), tl.float32)
+    b_sum = tl.zeros([BR], tl.float32)
+    b_o = tl.zeros([BR, BDV], tl.float32)
+    b_w = tl.zeros([BR, J], tl.float32)  # the softmax's weight on each slot token, by way of all slots
+    for begin in range(0, M, BM):
+        m = begin + tl.arange(0, BM)
+        m_slot = m < M
+        b_g = load_tokens(tokens.g, recent.g, start, n, seen, position, m_token, h, H, R, M, m, m_slot)  # [J, BM]
+        if tokens.s is None:
+            b_s = None
+        else:
+            b_s = load_tokens(tokens.s, recent.s, start, n, seen, position, m_token, h, H, R, M, m, m_slot)
+        b_strength = write_strength(b_g, b_s)  # [J, BM]
+        p_slot = p_states + (state * M + m) * E
+        m_state = m_slot & (chunk >= 0)
+        b_k0 = tl.load(p_slot[:, None] + d[None, :], mask=m_state[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
+        b_earlier = dot(b_q, tl.trans(b_k0))
+        b_logit, b_decay, b_factor, b_before = slot_logits(
+            b_dots, b_earlier, b_g, b_strength, tok, u, LEVELS, EXACT
+        )  # [BR, BM]
+        b_logit = tl.where(m_slot[None, :], b_logit * (scale * LOG2E), float("-inf"))
+        if MASK_EMPTY:
+            m_empty = t - delay < -waiting
+            b_logit = tl.where(m_empty[:, None], float("-inf"), b_logit)
+        b_p, b_rescale, b_max, b_sum = softmax_step(b_logit, b_max, b_sum)
+        b_stored, b_new = slot_weights(b_p, b_decay, b_factor, b_before, b_g, tok, u, LEVELS, EXACT, dtype)
+        b_v0 = tl.load(p_slot[:, None] + D + dv[None, :], mask=m_state[:, None] & m_dv[None, :], other=0.0)  # [BM, BDV]
+        b_o = b_o * b_rescale[:, None] + dot(b_stored.to(dtype), b_v0)
+        b_w = b_w * b_rescale[:, None] + b_new
+    b_v = load_tokens(tokens.v, recent.v, start, n, seen, position, m_token, h, H, R, DV, dv, m_dv)  # [J, BDV]
+    b_o += dot(b_w.to(dtype), b_v)
+
+    # The window, in blocks of BN keys that end with the tile.
+    end = index * BT + BT
+    blocks = (end - tl.maximum(end - BT - W + 1, -visible) + BN - 1) // BN
+    if W == 0:
+        blocks = 0
+    if rope is not None:
+        HALF: tl.constexpr = D // 2
+        half = tl.arange(0, BD // 2)
+        m_half = half < HALF
+        p_lower = p_q + row[:, None] * D + half[None, :]
+        mask = m_row[:, None] & m_half[None, :]
+        b_lower = tl.load(p_lower, mask=mask, other=0.0)  # [BR, BD/2]
+        b_upper = tl.load(p_lower + HALF, mask=mask, other=0.0)
+        b_lower, b_upper = rotate(b_lower, b_upper, rope[0], rope[1], seen + t, m_row, P, half, m_half, HALF)
+    else:
+        b_qw = tl.load(p_q_window + row[:, None] * D + d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
+    for begin in range(end - blocks * BN, end, BN):
+        key = begin + tl.arange(0, BN)
+        m_key = (key >= -visible) & (key < length)
+        p_recent = recent.k_window
+        if rope is not None:
+            b_kl = load_tokens(tokens.k_window, p_recent, start, n, seen, key, m_key, h, H, R, D, half, m_half)
+            b_ku = load_tokens(
+                tokens.k_window, p_recent, start, n, seen, key, m_key, h, H, R, D, half + HALF, m_half
+            )  # [BN, BD/2]
+            b_kl, b_ku = rotate(b_kl, b_ku, rope[0], rope[1], seen + key, m_key, P, half, m_half, HALF)
+            b_logit = dot(b_lower, tl.trans(b_kl)) + dot(b_upper, tl.trans(b_ku))
+        else:
+            b_kw = load_tokens(tokens.k_window, p_recent, start, n, seen, key, m_key, h, H, R, D, d, m_d)  # [BN, BD]
+            b_logit = dot(b_qw, tl.trans(b_kw))
+        m_visible = (key[None, :] <= t[:, None]) & (key[None, :] > t[:, None] - W) & m_key[None, :]
+        b_logit = tl.where(m_visible, b_logit * (scale * LOG2E), float("-inf"))
+        b_p, b_rescale, b_max, b_sum = softmax_step(b_logit, b_max, b_sum)
+        b_v = load_tokens(tokens.v, recent.v, start, n, seen, key, m_key, h, H, R, DV, dv, m_dv)  # [BN, BDV]
+        b_o = b_o * b_rescale[:, None] + dot(b_p.to(dtype), b_v)
+
+    # A row with nothing to attend to: o = 0, lse = -inf.
+    b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
+    tl.store(p_o + row[:, None] * DV + dv[None, :], b_o.to(dtype), mask=m_row[:, None] & m_dv[None, :])
+    if p_lse is not None:
+        b_lse = tl.where(b_sum == 0.0, float("-inf"), (b_max + tl.log2(b_sum)) / LOG2E)
+        tl.store(p_lse + row, b_lse, mask=m_row)

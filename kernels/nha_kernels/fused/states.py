@@ -1,0 +1,150 @@
+"""The slots at every C-th token, in parallel over time.
+
+The recurrence K~ <- diag(alpha) K~ + s k^T is diagonal, so a sequence is cut into segments of L tokens: each segment's
+own contribution from zero slots (`segment_kernel`), a scan over the segments' ends (`scan_kernel`), and the segments
+once more, now from the slots that they begin with, writing what every chunk of C tokens meets (`segment_kernel`, WRITE).
+
+E = D + DV: K~ and V~ stand side by side. A stream position p absorbs token p; it runs from -PAST, the oldest multiple
+of C that reaches `delay` tokens back, where there is an initial state, else from 0, and stops `delay` tokens before the
+end: those wait for the next call.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .primitives import (
+    FORGET,
+    LOG2E,
+    at_least,
+    dot,
+    find_piece,
+    load_tokens,
+    load_tokens_transposed,
+    sum_gates_transposed,
+    write_strength,
+)
+
+
+@triton.jit(do_not_specialize=["T", "R", "delay", "segments"])
+def segment_kernel(
+    tokens, recent, layout, p_ends, p_totals, p_states, T, R, delay, segments, N,
+    H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr,
+    C: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
+    EXACT: tl.constexpr, WRITE: tl.constexpr,
+):  # fmt: skip
+    """One segment, one kv head, BD columns of K~ or V~, BM slots.
+
+    p_ends [segments, H, M, E] fp32: written with the segment's own contribution; with WRITE, read: the slots before it.
+    p_totals [segments, H, M] fp32: the sum of its gates, in log2.
+    p_states [segments * L / C, H, M, E]: with WRITE, the slots before each chunk.
+    """
+    E: tl.constexpr = D + DV
+    K_BLOCKS: tl.constexpr = (D + BD - 1) // BD
+    BLOCKS: tl.constexpr = K_BLOCKS + (DV + BD - 1) // BD
+    segment = tl.program_id(0)
+    h = tl.program_id(1) // BLOCKS
+    block = tl.program_id(1) % BLOCKS
+    m = tl.program_id(2) * BM + tl.arange(0, BM)
+    if layout.cu_seqlens is not None:
+        if tl.load(layout.sequence + segment) >= N:
+            return
+    n, index, start, length, seen = find_piece(layout, segment, segments, T)
+
+    is_k = block < K_BLOCKS
+    if D == DV:
+        size = D
+    else:
+        size = tl.where(is_k, D, DV)
+    column = tl.where(is_k, block, block - K_BLOCKS) * BD + tl.arange(0, BD)
+    m_column = column < size
+    p_x = tokens.k if is_k else tokens.v
+    if recent.k is None:
+        p_recent = None
+        past = 0
+        oldest = 0
+    else:
+        p_recent = recent.k if is_k else recent.v
+        past = (delay + C - 1) // C * C
+        oldest = -tl.minimum(seen, delay)
+    m_slot = m < M
+
+    # [BM, BD] of this segment's place in p_ends
+    row = (segment.to(tl.int64) * H + h) * M + m
+    e = column + tl.where(is_k, 0, D)
+    p_end = p_ends + row[:, None] * E + e[None, :]
+    m_end = m_slot[:, None] & m_column[None, :]
+    if WRITE:
+        b_state = tl.load(p_end, mask=m_end, other=0.0)
+    else:
+        b_state = tl.zeros([BM, BD], tl.float32)
+    b_total = tl.zeros([BM], tl.float32)
+
+    j = tl.arange(0, BT)
+    m_later = (j[:, None] > j[None, :]).to(tl.float32)  # [BT, BT]: the gates between a token and the block's end
+    for begin in range(0, L, BT):
+        if WRITE and begin % C == 0:
+            chunk = segment.to(tl.int64) * (L // C) + begin // C
+            p_state = p_states + ((chunk * H + h) * M + m)[:, None] * E + e[None, :]
+            tl.store(p_state, b_state.to(p_states.dtype.element_ty), mask=m_end)
+        position = index * L - past + begin + j
+        m_exists = (position >= oldest) & (position < length - delay)
+        b_g = load_tokens_transposed(
+            tokens.g, recent.g, start, n, seen, position, m_exists, h, H, R, M, m, m_slot
+        )  # [BM, BT]
+        if tokens.s is None:
+            b_s = None
+        else:
+            b_s = load_tokens_transposed(
+                tokens.s, recent.s, start, n, seen, position, m_exists, h, H, R, M, m, m_slot
+            )  # [BM, BT]
+        b_x = load_tokens(p_x, p_recent, start, n, seen, position, m_exists, h, H, R, size, column, m_column)  # [BT, BD]
+        b_strength = write_strength(b_g, b_s)
+        b_g = at_least(b_g, FORGET)
+        b_later = sum_gates_transposed(b_g, m_later, EXACT)  # [BM, BT]
+        b_step = tl.sum(b_g.to(tl.float32), 1) * LOG2E  # [BM]
+        b_weight = (b_strength * tl.exp2(b_later)).to(b_x.dtype)  # [BM, BT]
+        b_state = b_state * tl.exp2(b_step)[:, None] + dot(b_weight, b_x)
+        b_total += b_step
+
+    if not WRITE:
+        tl.store(p_end, b_state, mask=m_end)
+        if block == 0:
+            tl.store(p_totals + row, b_total, mask=m_slot)
+
+
+@triton.jit(do_not_specialize=["segments"])
+def scan_kernel(
+    layout, p_ends, p_totals, p_initial, p_final, segments,
+    H: tl.constexpr, M: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+):  # fmt: skip
+    """One sequence, one kv head, one slot, BE columns: turn the segments' contributions into the slots before each.
+
+    p_ends [segments, H, M, E] fp32, in place; p_initial, p_final [N, H, M, E] fp32 (either may be None).
+    """
+    n = tl.program_id(0)
+    h = tl.program_id(1)
+    m = tl.program_id(2) // ((E + BE - 1) // BE)
+    e = tl.program_id(2) % ((E + BE - 1) // BE) * BE + tl.arange(0, BE)
+    m_e = e < E
+    if layout.cu_seqlens is None:
+        first = n * segments
+        count = segments
+    else:
+        first = tl.load(layout.first + n)
+        count = tl.load(layout.first + n + 1) - first
+    own = ((n.to(tl.int64) * H + h) * M + m) * E + e
+    if p_initial is None:
+        b_state = tl.zeros([BE], tl.float32)
+    else:
+        b_state = tl.load(p_initial + own, mask=m_e, other=0.0)
+    row = (first.to(tl.int64) * H + h) * M + m
+    for _ in tl.range(0, count, num_stages=4):
+        b_end = tl.load(p_ends + row * E + e, mask=m_e, other=0.0)
+        b_decay = tl.exp2(tl.load(p_totals + row))
+        tl.store(p_ends + row * E + e, b_state, mask=m_e)
+        b_state = b_state * b_decay + b_end
+        row += H * M
+    if p_final is not None:
+        tl.store(p_final + own, b_state, mask=m_e)

@@ -1,0 +1,407 @@
+"""The slots in parallel over time, in plain PyTorch: the primitives that `chunked` and `flash` share.
+
+A call is cut into blocks of `ROWS` rows of one sequence, a block into chunks of `CHUNK` rows. The slots enter a chunk
+by a scan over the chunks of all sequences together (a sequence's first chunk forgets everything before it); inside a
+chunk every pair (row t, token j) has its own decay
+
+    w[t, j, m] = s_j[m] * exp(g_{j+1}[m] + ... + g_t[m])      for j <= t
+
+whose exponent is a direct sum of the gates between the two, never a difference of two cumulative sums. So nothing
+overflows and nothing cancels, for any gates from 0 down to -inf, and fp32 is exact to fp32's own error.
+
+Row t meets the slots that token t - delay was the last to enter: all slot tokens are taken `delay` positions back,
+and the rest of the arithmetic knows no delay. Positions before 0 are the recent tokens of the initial state.
+
+Work goes by segments (runs of blocks) of a bounded size. A segment gathers what it needs, so that a backward pass can
+recompute it and add its gradients in place: time and memory stay O(T).
+
+Shapes: n blocks in a segment, c = n * ROWS / CHUNK chunks, E = D + Dv.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .problem import Inputs, Problem, accumulate_dtype
+from .rope import rotate
+
+CHUNK = 16
+ROWS = 64
+RADIX = 16
+# exp() of anything below this is 0, in float64 too. It stands for -inf, which a sum with 0 * -inf would turn into NaN.
+FORGET = -1.0e4
+# Elements that the intermediates of one segment may take; a larger segment means fewer and larger operations.
+SEGMENT_ELEMENTS = {"cpu": 2**24, "cuda": 2**28}
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """A run of n blocks. Positions count from a sequence's first token in this call; all tensors are int64.
+
+    sequence, start, length, offset [n]: each block's sequence, the position of its first row, the length of the
+    sequence and the index of the sequence's first token among all tokens. begins, ends: the blocks that are the first
+    and the last of their sequences, counted from the segment's first block.
+    """
+
+    sequence: Tensor
+    start: Tensor
+    length: Tensor
+    offset: Tensor
+    begins: Tensor
+    ends: Tensor
+
+    def rows(self) -> Tensor:
+        """[n, ROWS] the positions of the blocks' rows; the last block of a sequence runs over its end."""
+        return self.start[:, None] + torch.arange(ROWS, device=self.start.device)
+
+    def row_index(self) -> Tensor:
+        """[n, ROWS] the rows' tokens among all tokens; for rows over the end, some token of the sequence."""
+        return self.offset[:, None] + torch.minimum(self.rows(), self.length[:, None] - 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """A call cut into segments; row_of_token [B * T] says where each token is among all the segments' rows."""
+
+    segments: tuple[Segment, ...]
+    row_of_token: Tensor
+
+    def over_rows(self, x: Tensor) -> Tensor:
+        """x [B * T, ...] spread over all rows of all segments, zero in those over a sequence's end."""
+        rows = sum(len(segment.start) for segment in self.segments) * ROWS
+        spread = x.new_zeros(rows, *x.shape[1:], dtype=accumulate_dtype(x.dtype))
+        spread[self.row_of_token] = x.to(spread.dtype)
+        return spread
+
+
+class SlotTokens(NamedTuple):
+    """What enters the slots at each row of a segment, chunked: g, s [c, CHUNK, H, M] and kv [c, CHUNK, H, E]."""
+
+    g: Tensor
+    s: Tensor
+    kv: Tensor
+
+
+class Memory(NamedTuple):
+    """The slots as the rows of a segment see them.
+
+    state [c, H, M, E]: before each chunk. decay [c, H, CHUNK, M]: from there to each row. weight
+    [c, H, CHUNK, CHUNK, M]: of each token of the chunk for each row.
+    """
+
+    state: Tensor
+    decay: Tensor
+    weight: Tensor
+
+
+class Source:
+    """The tokens of a call and, behind them, the recent tokens of its initial state: one flat axis to gather from."""
+
+    def __init__(self, problem: Problem, inputs: Inputs) -> None:
+        state = inputs.state if inputs.state is not None and inputs.state.capacity > 0 else None
+        self._state = state
+        self._tokens = problem.batch * problem.tokens
+
+        def with_recent(x: Tensor, name: str) -> Tensor:
+            flat = x.flatten(0, 1)
+            return flat if state is None else torch.cat((flat, getattr(state, name).flatten(0, 1)))
+
+        self.k = with_recent(inputs.k, "k")
+        self.v = with_recent(inputs.v, "v")
+        self.g = with_recent(inputs.g, "g")
+        self.s = None if inputs.s is None else with_recent(inputs.s, "s")
+        if inputs.k_window is not None:
+            self.k_window = with_recent(inputs.k_window, "k_window")
+        elif inputs.rope is not None:
+            self.k_window = rotate(self.k, *inputs.rope, self._positions(problem, inputs))
+        else:
+            self.k_window = self.k
+
+    @property
+    def recent(self) -> int:
+        """Tokens before the call that may exist."""
+        return 0 if self._state is None else self._state.capacity
+
+    def index(self, segment: Segment, position: Tensor) -> Tensor:
+        """Where the tokens at `position` [n, p] of the blocks' sequences lie; some place in bounds for those that do not
+        exist."""
+        inside = torch.minimum(position.clamp(min=0), segment.length[:, None] - 1)
+        index = segment.offset[:, None] + inside
+        if self._state is None:
+            return index
+        place = (self._state.seen[segment.sequence, None] + position) % self.recent
+        return torch.where(position < 0, self._tokens + segment.sequence[:, None] * self.recent + place, index)
+
+    def oldest(self, segment: Segment, reach: int) -> Tensor:
+        """[n, 1] the first position that exists, at most `reach` tokens before the call."""
+        if self._state is None:
+            return torch.zeros_like(segment.start)[:, None]
+        return -self._state.seen[segment.sequence, None].clamp(max=min(reach, self.recent))
+
+    def _positions(self, problem: Problem, inputs: Inputs) -> Tensor:
+        """Absolute position of everything in the source; places of a ring that hold nothing count as 0."""
+        position = token_positions(problem, inputs).flatten()
+        if self._state is None:
+            return position
+        return torch.cat((position, self._state.recent_positions().clamp(min=0).flatten()))
+
+
+def token_positions(problem: Problem, inputs: Inputs) -> Tensor:
+    """[B, T] int64: the absolute position of every token in its own sequence."""
+    device = inputs.q.device
+    position = torch.arange(problem.tokens, device=device).expand(problem.batch, -1)
+    seen = None if inputs.state is None else inputs.state.seen
+    if inputs.cu_seqlens is None:
+        return position if seen is None else position + seen[:, None]
+    bounds = inputs.cu_seqlens.to(torch.int64)
+    sequence = torch.searchsorted(bounds, position[0], right=True) - 1
+    local = position - bounds[sequence]
+    return local if seen is None else local + seen[sequence]
+
+
+def window_queries(problem: Problem, inputs: Inputs) -> Tensor:
+    """[B * T, HQ, D]: what meets the window's keys: q, q rotated, or q_window."""
+    if inputs.q_window is not None:
+        return inputs.q_window.flatten(0, 1)
+    q = inputs.q.flatten(0, 1)
+    if inputs.rope is not None:
+        return rotate(q, *inputs.rope, token_positions(problem, inputs).flatten())
+    return q
+
+
+def plan(problem: Problem, inputs: Inputs, window_elements: int) -> Plan:
+    """Cut a call into segments whose intermediates stay within SEGMENT_ELEMENTS; reads cu_seqlens on the host.
+
+    window_elements: what a row takes beside the slots' part.
+    """
+    if inputs.cu_seqlens is None:
+        length = torch.full((problem.sequences,), problem.tokens)
+    else:
+        length = inputs.cu_seqlens.diff().cpu().to(torch.int64)
+    count = (length + ROWS - 1) // ROWS
+    end = count.cumsum(0)
+    sequence = torch.repeat_interleave(torch.arange(len(length)), count)
+    index = torch.arange(len(sequence))
+    start = (index - (end - count)[sequence]) * ROWS
+    offset = length.cumsum(0) - length
+
+    pairs = problem.kv_heads * problem.slots * CHUNK
+    states = problem.kv_heads * problem.slots * (problem.head_dim + problem.value_dim) // CHUNK
+    logits = problem.q_heads * problem.slots
+    budget = SEGMENT_ELEMENTS.get(problem.device, SEGMENT_ELEMENTS["cuda"])
+    size = max(1, budget // (ROWS * (pairs + 2 * states + logits + window_elements)))
+
+    device = inputs.q.device
+    blocks = [x.to(device) for x in (sequence, start, length[sequence], offset[sequence])]
+    is_begin, is_end = start == 0, index == (end - 1)[sequence]
+    segments = []
+    for low in range(0, len(sequence), size):
+        part = slice(low, low + size)
+        begins, ends = (x[part].nonzero().flatten().to(device) for x in (is_begin, is_end))
+        segments.append(Segment(*(x[part] for x in blocks), begins=begins, ends=ends))
+    of_token = torch.repeat_interleave(torch.arange(len(length)), length)
+    row = ((end - count) * ROWS - offset)[of_token] + torch.arange(len(of_token))
+    return Plan(tuple(segments), row.to(device))
+
+
+def initial_slots(problem: Problem, inputs: Inputs) -> Tensor | None:
+    """[N, H, M, E]: K~ and V~ side by side before the call; None where they are zero."""
+    if inputs.state is None:
+        return None
+    return torch.cat((inputs.state.slot_k, inputs.state.slot_v), dim=-1)
+
+
+def final_slots(problem: Problem, inputs: Inputs, final: Tensor) -> tuple[Tensor, Tensor]:
+    """K~ [N, H, M, D] and V~ [N, H, M, Dv] of the slots after the call, side by side in `final`."""
+    slot_k, slot_v = final.split((problem.head_dim, problem.value_dim), dim=-1)
+    return slot_k.contiguous(), slot_v.contiguous()
+
+
+def slot_index(problem: Problem, source: Source, segment: Segment) -> Tensor:
+    """[n, ROWS] where in the source the token lies that enters the slots at each row."""
+    return source.index(segment, segment.rows() - problem.delay)
+
+
+def slot_tokens(
+    problem: Problem, source: Source, segment: Segment, k: Tensor, v: Tensor, g: Tensor, s: Tensor | None
+) -> SlotTokens:
+    """What enters the slots at each row, from what was gathered [n, ROWS, H, ...]; nothing where no token exists."""
+    wide = accumulate_dtype(problem.dtype)
+    position = segment.rows() - problem.delay
+    exists = (position >= source.oldest(segment, problem.delay)) & (position < segment.length[:, None] - problem.delay)
+    exists = exists[..., None, None]
+
+    def chunked(x: Tensor) -> Tensor:
+        # What does not exist enters with strength 0 after a gate of 0.
+        return torch.where(exists, x, torch.zeros_like(x)).unflatten(1, (-1, CHUNK)).flatten(0, 1)
+
+    g = g.to(wide)
+    strength = -torch.expm1(g) if s is None else s.to(wide)
+    kv = torch.cat((k, v), dim=-1).to(wide)
+    return SlotTokens(chunked(g.clamp(min=FORGET)), chunked(strength), chunked(kv))
+
+
+def remember(tokens: SlotTokens, segment: Segment, begin: Tensor | None, carry: Tensor) -> tuple[Memory, Tensor]:
+    """The slots as every row of a segment sees them, and the slots after each of its blocks [n, H, M, E].
+
+    begin [begins, H, M, E]: the slots before the sequences that begin here (None: zero). carry [H, M, E]: the slots
+    after the segment before.
+    """
+    g, s, kv = tokens
+    # The gates between a token and the end of its chunk: shifted, not subtracted, so that nothing cancels.
+    later = torch.cat((g[:, 1:], torch.zeros_like(g[:, :1])), dim=1).flip(1).cumsum(1).flip(1)
+    added = (s * later.exp()).permute(0, 2, 3, 1) @ kv.transpose(1, 2)  # [c, H, M, E]
+    total = g.sum(1)  # [c, H, M]
+
+    # Before a chunk: the slots after the one before, or those that its sequence begins with.
+    chunks = ROWS // CHUNK
+    first = segment.begins * chunks
+    entering = torch.cat((carry[None], added[:-1]))
+    entering = entering.index_fill(0, first, 0) if begin is None else entering.index_copy(0, first, begin)
+    forgetting = torch.cat((torch.zeros_like(total[:1]), total[:-1])).index_fill(0, first, FORGET)
+    state = scan(forgetting, entering)
+    last = slice(chunks - 1, None, chunks)
+    after_block = total[last].exp()[..., None] * state[last] + added[last]
+
+    place = torch.arange(CHUNK, device=g.device)
+    row, token, gate = place[:, None, None], place[None, :, None], place[None, None, :]
+    between = ((token < gate) & (gate <= row)).to(g.dtype)  # [CHUNK, CHUNK, CHUNK]
+    per_head = g.transpose(1, 2)  # [c, H, CHUNK, M]
+    exponent = (between.flatten(0, 1) @ per_head).unflatten(2, (CHUNK, CHUNK))
+    past = (place[None, :] <= place[:, None])[..., None]  # token <= row
+    pair = torch.where(past, exponent.exp(), torch.zeros_like(exponent))
+    weight = pair * s.transpose(1, 2)[:, :, None]  # [c, H, row, token, M]
+    return Memory(state, per_head.cumsum(2).exp(), weight), after_block
+
+
+def scan(log_decay: Tensor, x: Tensor) -> Tensor:
+    """y_i = exp(log_decay_i) * y_{i-1} + x_i with y_{-1} = 0, over the first axis: log_decay [c, H, M], x [c, H, M, E].
+
+    A tree of RADIX branches: groups are scanned side by side, then the groups' ends the same way.
+    """
+    count = len(x)
+    groups = -(-count // RADIX)
+    padding = groups * RADIX - count
+    if padding:
+        log_decay = torch.cat((log_decay, log_decay.new_zeros(padding, *log_decay.shape[1:])))
+        x = torch.cat((x, x.new_zeros(padding, *x.shape[1:])))
+    log_decay = log_decay.unflatten(0, (groups, RADIX))
+    x = x.unflatten(0, (groups, RADIX))
+    decay = log_decay.exp()[..., None]
+    y = [x[:, 0]]
+    for i in range(1, RADIX):
+        y.append(torch.addcmul(x[:, i], decay[:, i], y[-1]))
+    local = torch.stack(y, dim=1)  # [groups, RADIX, H, M, E]
+    if groups > 1:
+        ends = scan(log_decay.sum(1).clamp(min=FORGET)[:-1], local[:-1, -1])
+        reach = log_decay[1:].cumsum(1).exp()[..., None]
+        local = torch.cat((local[:1], torch.addcmul(local[1:], reach, ends[:, None])))
+    return local.flatten(0, 1)[:count]
+
+
+def slot_logits(problem: Problem, memory: Memory, tokens: SlotTokens, q: Tensor) -> Tensor:
+    """q_t . K~ without the scale, for q [n, ROWS, HQ, D]: [n, ROWS, H, NG, M]."""
+    dim, group = problem.head_dim, problem.group
+    rows = q.to(tokens.kv.dtype).unflatten(2, (-1, group)).unflatten(1, (-1, CHUNK)).flatten(0, 1).transpose(1, 2)
+    flat = rows.flatten(2, 3)  # [c, H, CHUNK * NG, D]
+    earlier = flat @ memory.state[..., :dim].transpose(-1, -2)
+    pairs = flat @ tokens.kv[..., :dim].permute(0, 2, 3, 1)  # [c, H, CHUNK * NG, CHUNK]
+    inside = pairs.unflatten(2, (CHUNK, group)) @ memory.weight
+    logits = earlier.unflatten(2, (CHUNK, group)) * memory.decay[..., None, :] + inside
+    return logits.transpose(1, 2).unflatten(0, (-1, ROWS // CHUNK)).flatten(1, 2)
+
+
+def slot_values(problem: Problem, memory: Memory, tokens: SlotTokens, p: Tensor) -> Tensor:
+    """p_t . V~ for weights p [n, ROWS, H, NG, M]: [n, ROWS, H, NG, Dv]."""
+    dim, group = problem.head_dim, problem.group
+    rows = p.unflatten(1, (-1, CHUNK)).flatten(0, 1).transpose(1, 2)  # [c, H, CHUNK, NG, M]
+    earlier = (rows * memory.decay[..., None, :]).flatten(2, 3) @ memory.state[..., dim:]
+    pairs = (rows @ memory.weight.transpose(-1, -2)).flatten(2, 3)  # [c, H, CHUNK * NG, CHUNK]
+    inside = pairs @ tokens.kv[..., dim:].transpose(1, 2)
+    values = (earlier + inside).unflatten(2, (CHUNK, group)).transpose(1, 2)
+    return values.unflatten(0, (-1, ROWS // CHUNK)).flatten(1, 2)
+
+
+def mask_slots(problem: Problem, source: Source, segment: Segment, logits: Tensor) -> Tensor:
+    """Slot logits [n, ROWS, H, NG, M] with -inf where `mask_empty_slots` leaves a row's slots out."""
+    if not problem.mask_empty_slots:
+        return logits
+    empty = segment.rows() - problem.delay < source.oldest(segment, problem.delay)
+    return logits.masked_fill(empty[..., None, None, None], float("-inf"))
+
+
+# What a segment computes, from what it gathered: (segment, local, begin, carry) -> outputs of its rows, and the slots
+# after each of its blocks.
+Compute = Callable[[Segment, list[Tensor], Tensor | None, Tensor], tuple[tuple[Tensor, ...], Tensor]]
+Indices = Callable[[Segment], Sequence[Tensor]]
+
+
+class Walk(NamedTuple):
+    """What a walk over the segments gives: each output over all rows, the slots after each sequence, the carries."""
+
+    outputs: list[Tensor]
+    final: Tensor
+    carries: list[Tensor]
+
+
+def walk(
+    problem: Problem, segments: Sequence[Segment], indices: Indices, compute: Compute, initial: Tensor | None,
+    tensors: Sequence[Tensor],
+) -> Walk:  # fmt: skip
+    """Compute segment after segment: each gathers x[index] from every tensor and takes over the slots before it."""
+    shape = (problem.kv_heads, problem.slots, problem.head_dim + problem.value_dim)
+    carry = tensors[0].new_zeros(shape, dtype=accumulate_dtype(problem.dtype))
+    final = carry.new_zeros(problem.sequences, *shape) if initial is None else initial.clone()
+    rows: list[tuple[Tensor, ...]] = []
+    carries = []
+    for segment in segments:
+        carries.append(carry)
+        local = [x[index] for x, index in zip(tensors, indices(segment), strict=True)]
+        begin = None if initial is None else initial[segment.sequence[segment.begins]]
+        outputs, after_block = compute(segment, local, begin, carry)
+        carry = after_block[-1].clone()  # a view would keep the whole segment's slots alive
+        final[segment.sequence[segment.ends]] = after_block[segment.ends]
+        rows.append(outputs)
+    return Walk([torch.cat(parts) for parts in zip(*rows, strict=True)], final, carries)
+
+
+def walk_back(
+    problem: Problem, segments: Sequence[Segment], indices: Indices, compute: Compute, initial: Tensor | None,
+    tensors: Sequence[Tensor], carries: Sequence[Tensor], grad_outputs: Sequence[Tensor], grad_final: Tensor,
+) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
+    """The gradients of `walk` for `initial` and `tensors`: each segment is recomputed, from the last to the first.
+
+    grad_outputs: over all rows, as the outputs; grad_final [N, H, M, E].
+    """
+    grad_initial = None if initial is None else grad_final.clone()
+    grads = [torch.zeros_like(x, dtype=accumulate_dtype(x.dtype)) for x in tensors]
+    grad_carry = torch.zeros_like(carries[0])
+    stop = sum(len(segment.start) for segment in segments) * ROWS
+    for segment, carry in zip(reversed(segments), reversed(carries), strict=True):
+        rows = slice(stop - len(segment.start) * ROWS, stop)
+        stop = rows.start
+        index = indices(segment)
+        begin_sequence = segment.sequence[segment.begins]
+        local = [x.detach()[i].requires_grad_() for x, i in zip(tensors, index, strict=True)]
+        begin = None if initial is None else initial.detach()[begin_sequence].requires_grad_()
+        carry = carry.detach().requires_grad_()
+        with torch.enable_grad():
+            outputs, after_block = compute(segment, local, begin, carry)
+        grad_after = torch.zeros_like(after_block)
+        grad_after[segment.ends] = grad_final[segment.sequence[segment.ends]]
+        grad_after[-1] += grad_carry
+        wanted = [*local, carry, *([] if begin is None else [begin])]
+        got = torch.autograd.grad(
+            [*outputs, after_block], wanted, [*(x[rows] for x in grad_outputs), grad_after], materialize_grads=True
+        )
+        for grad, i, part in zip(grads, index, got, strict=False):
+            grad.index_add_(0, i.flatten(), part.flatten(0, 1).to(grad.dtype))
+        grad_carry = got[len(local)]
+        if grad_initial is not None:
+            grad_initial[begin_sequence] = got[-1]
+    return grad_initial, [grad.to(x.dtype) for grad, x in zip(grads, tensors, strict=True)]
