@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from itertools import pairwise
 from typing import NoReturn
 
 import torch
@@ -52,8 +53,10 @@ def check_call(
         _check_shape("q_window", inputs.q_window, tuple(q.shape), "the shape of q, [B, T, HQ, D]")
     if inputs.k_window is not None:
         _check_shape("k_window", inputs.k_window, tuple(k.shape), "the shape of k, [B, T, H, D]")
-    if not isinstance(inputs.scale, (int, float)) or not math.isfinite(inputs.scale):
-        _fail("scale", "a finite number", repr(inputs.scale), TypeError if isinstance(inputs.scale, str) else ValueError)
+    if isinstance(inputs.scale, bool) or not isinstance(inputs.scale, (int, float)):
+        _fail("scale", "a finite number", f"{inputs.scale!r} of type {type(inputs.scale).__name__}", TypeError)
+    if not math.isfinite(inputs.scale):
+        _fail("scale", "a finite number", str(inputs.scale))
 
     sequences = batch
     if inputs.cu_seqlens is not None:
@@ -70,7 +73,7 @@ def check_call(
         check_state(state, inputs, sequences, window_size, delay)
     if values_are_checked(g):
         check_values(inputs)
-    tensors = [x for x in (*_tensors(inputs).values(), *(state.tensors().values() if state is not None else ()))]
+    tensors = [*_tensors(inputs).values(), *(() if state is None else state.tensors().values())]
     return Problem(
         batch=batch,
         tokens=tokens,
@@ -101,22 +104,21 @@ def check_state(state: NHAState, inputs: Inputs, sequences: int, window: int, de
     """A state must belong to calls of the same window, delay, sizes, dtype, device and optional inputs."""
     if not isinstance(state, NHAState):
         _fail("initial_state", "an NHAState", type(state).__name__, TypeError)
-    for name, expected, came in (
+    for name, here, there in (
         ("window_size", window, state.window_size),
         ("slot_delay", delay, state.slot_delay),
     ):
-        if expected != came:
-            _fail("initial_state", f"a state of calls with {name} = {expected}, as in this call", f"{name} = {came}")
+        if here != there:
+            _fail("initial_state", f"a state of calls with {name} = {here}, as in this call", f"{name} = {there}")
     for name in ("s", "k_window"):
-        if (getattr(state, name) is None) != (getattr(inputs, name) is None):
-            here, there = (
-                "gives" if x is not None else "does not give" for x in (getattr(inputs, name), getattr(state, name))
-            )
-            _fail("initial_state", f"a state of calls like this one, which {here} {name}", f"one whose calls {there} it")
+        given, kept = getattr(inputs, name) is not None, getattr(state, name) is not None
+        if given != kept:
+            calls = {True: f"calls that give {name}", False: f"calls without {name}"}
+            _fail("initial_state", f"a state of {calls[given]}, as this one", f"one of {calls[kept]}")
     heads, slots = inputs.k.shape[2], inputs.g.shape[3]
     ring = (sequences, state.capacity, heads)
     wide = accumulate_dtype(inputs.q.dtype)
-    expected = {
+    expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
         "slot_k": ((sequences, heads, slots, inputs.k.shape[3]), wide),
         "slot_v": ((sequences, heads, slots, inputs.v.shape[3]), wide),
         "k": ((*ring, inputs.k.shape[3]), inputs.k.dtype),
@@ -157,9 +159,9 @@ def check_values(inputs: Inputs) -> None:
     if inputs.cu_seqlens is not None:
         bounds = inputs.cu_seqlens.tolist()
         expected = f"offsets that start at 0, never fall and end at T = {tokens}"
-        if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in zip(bounds[:-1], bounds[1:], strict=True)):
+        if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
             _fail("cu_seqlens", expected, str(bounds if len(bounds) <= 12 else [*bounds[:6], "...", *bounds[-5:]]))
-        tokens = max(b - a for a, b in zip(bounds[:-1], bounds[1:], strict=True))
+        tokens = max(b - a for a, b in pairwise(bounds))
     if inputs.rope is not None and seen + tokens > len(inputs.rope[0]):
         _fail("rope", f"tables of at least {seen + tokens} positions", f"{len(inputs.rope[0])}")
 

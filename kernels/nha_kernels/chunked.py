@@ -49,7 +49,7 @@ def run(problem: Problem, inputs: Inputs) -> Result:
     tensors += [source.k, source.v, source.g, *([] if source.s is None else [source.s])]
     o, lse, final = _Chunked.apply(work, initial_slots(problem, inputs), *tensors)
     shape = (problem.batch, problem.tokens, problem.q_heads)
-    slots = final_slots(problem, inputs, final) if problem.output_final_state else (None, None)
+    slots = final_slots(problem, final) if problem.output_final_state else (None, None)
     return Result(o.view(*shape, problem.value_dim), lse.view(shape), *slots)
 
 
@@ -117,9 +117,7 @@ class _Chunked(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, work: _Work, initial: Tensor | None, *tensors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        (o, lse), final, carries = walk(
-            work.problem, work.plan.segments, work.indices, work.compute, initial, tensors
-        )
+        (o, lse), final, carries = walk(work.problem, work.plan.segments, work.indices, work.compute, initial, tensors)
         ctx.work, ctx.carries = work, carries
         ctx.save_for_backward(initial, *tensors)
         rows = work.plan.row_of_token

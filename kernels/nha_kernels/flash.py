@@ -75,7 +75,7 @@ def run(problem: Problem, inputs: Inputs) -> Result:
         inputs.q.flatten(0, 1), *slot_tensors,
     )  # fmt: skip
     shape = (problem.batch, problem.tokens, problem.q_heads)
-    slots = final_slots(problem, inputs, final) if problem.output_final_state else (None, None)
+    slots = final_slots(problem, final) if problem.output_final_state else (None, None)
     return Result(o.view(*shape, problem.value_dim), lse.view(shape), *slots)
 
 
@@ -101,12 +101,10 @@ def _pack_window(problem: Problem, inputs: Inputs, source: Source) -> tuple[Tens
     place = torch.arange(bound, device=device)
     sequence = (torch.searchsorted(cu_k, place, right=True) - 1).clamp(max=problem.sequences - 1)
     position = place - cu_k[sequence] - recent[sequence]
-    offset = cu_q.to(torch.int64)[sequence]
-    index = torch.where(
-        position < 0,
-        problem.batch * problem.tokens + sequence * source.recent + (inputs.state.seen[sequence] + position) % source.recent,
-        (offset + position).clamp(max=problem.batch * problem.tokens - 1),
-    )
+    tokens = problem.batch * problem.tokens
+    in_call = (cu_q.to(torch.int64)[sequence] + position).clamp(max=tokens - 1)
+    in_ring = tokens + sequence * source.recent + (inputs.state.seen[sequence] + position) % source.recent
+    index = torch.where(position < 0, in_ring, in_call)
     packing = Packing(cu_q, cu_k.to(torch.int32), max_q, max_q + source.recent, problem.window, inputs.scale)
     return source.k_window[index], source.v[index], packing
 

@@ -128,8 +128,7 @@ class Source:
         return 0 if self._state is None else self._state.capacity
 
     def index(self, segment: Segment, position: Tensor) -> Tensor:
-        """Where the tokens at `position` [n, p] of the blocks' sequences lie; some place in bounds for those that do not
-        exist."""
+        """Where the tokens at `position` [n, p] of the blocks' sequences lie; within bounds for those that are not."""
         inside = torch.minimum(position.clamp(min=0), segment.length[:, None] - 1)
         index = segment.offset[:, None] + inside
         if self._state is None:
@@ -197,13 +196,13 @@ def plan(problem: Problem, inputs: Inputs, window_elements: int) -> Plan:
     size = max(1, budget // (ROWS * (pairs + 2 * states + logits + window_elements)))
 
     device = inputs.q.device
-    blocks = [x.to(device) for x in (sequence, start, length[sequence], offset[sequence])]
+    blocks = torch.stack((sequence, start, length[sequence], offset[sequence])).to(device)
     is_begin, is_end = start == 0, index == (end - 1)[sequence]
     segments = []
     for low in range(0, len(sequence), size):
         part = slice(low, low + size)
         begins, ends = (x[part].nonzero().flatten().to(device) for x in (is_begin, is_end))
-        segments.append(Segment(*(x[part] for x in blocks), begins=begins, ends=ends))
+        segments.append(Segment(*blocks[:, part].unbind(), begins=begins, ends=ends))
     of_token = torch.repeat_interleave(torch.arange(len(length)), length)
     row = ((end - count) * ROWS - offset)[of_token] + torch.arange(len(of_token))
     return Plan(tuple(segments), row.to(device))
@@ -216,10 +215,9 @@ def initial_slots(problem: Problem, inputs: Inputs) -> Tensor | None:
     return torch.cat((inputs.state.slot_k, inputs.state.slot_v), dim=-1)
 
 
-def final_slots(problem: Problem, inputs: Inputs, final: Tensor) -> tuple[Tensor, Tensor]:
-    """K~ [N, H, M, D] and V~ [N, H, M, Dv] of the slots after the call, side by side in `final`."""
-    slot_k, slot_v = final.split((problem.head_dim, problem.value_dim), dim=-1)
-    return slot_k.contiguous(), slot_v.contiguous()
+def final_slots(problem: Problem, final: Tensor) -> tuple[Tensor, Tensor]:
+    """K~ [N, H, M, D] and V~ [N, H, M, Dv] of the slots after the call, side by side in `final`: views."""
+    return final[..., : problem.head_dim], final[..., problem.head_dim :]
 
 
 def slot_index(problem: Problem, source: Source, segment: Segment) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -94,11 +95,11 @@ class NHAState:
 
     def detach(self) -> NHAState:
         """The same numbers, cut from the autograd graph."""
-        return replace(self, **{name: x.detach() for name, x in self.tensors().items()})
+        return self._with({name: x.detach() for name, x in self.tensors().items()})
 
     def clone(self) -> NHAState:
         """A copy that shares no memory."""
-        return replace(self, **{name: x.clone() for name, x in self.tensors().items()})
+        return self._with({name: x.clone() for name, x in self.tensors().items()})
 
     def with_full_capacity(self) -> NHAState:
         """The same state with room for every recent token, as `nha_decode_step` needs it."""
@@ -110,7 +111,10 @@ class NHAState:
         for name, x in self.tensors().items():
             if name in RECENT:
                 grown[name] = torch.cat((x, x.new_zeros(x.shape[0], missing, *x.shape[2:])), dim=1)
-        return replace(self, **grown)
+        return self._with(grown)
+
+    def _with(self, tensors: dict[str, Any]) -> NHAState:
+        return replace(self, **tensors)
 
     def recent_positions(self) -> Tensor:
         """[N, R] int64: the position in its sequence of what each ring place holds; negative where it is empty."""
@@ -157,12 +161,12 @@ def advance(problem: Problem, inputs: Inputs, result: Result) -> NHAState:
         kept = torch.where(from_ring.view(shape), kept, torch.zeros_like(kept))
         return torch.where(from_call.view(shape), recent, kept)
 
-    rings = {name: fill(getattr(inputs, name), before and getattr(before, name)) for name in RECENT}
+    rings = {name: fill(getattr(inputs, name), getattr(before, name, None)) for name in RECENT}
     k, v, g = rings["k"], rings["v"], rings["g"]
     assert k is not None and v is not None and g is not None
     return NHAState(
-        slot_k=result.slot_k,
-        slot_v=result.slot_v,
+        slot_k=result.slot_k.contiguous(),
+        slot_v=result.slot_v.contiguous(),
         k=k,
         v=v,
         g=g,

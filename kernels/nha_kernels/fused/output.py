@@ -14,14 +14,21 @@ both factors are at most 1 and sums of gates are direct, so nothing overflows or
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..problem import Inputs, Problem
 from .primitives import (
     ANCHOR,
     FORGET,
     LOG2E,
     STRONGEST,
+    Launch,
+    Operands,
     at_least,
     dot,
     find_piece,
@@ -30,6 +37,44 @@ from .primitives import (
     sum_gates,
     write_strength,
 )
+from .states import StoredStates
+
+
+@dataclass(frozen=True, slots=True)
+class OutputConfig:
+    """How the output kernel is launched.
+
+    rows: tokens x query heads of a tile, BR; keys: of a block of the window, BN; slots: of a block, BM; powers of two
+    >= 16. anchored: decays by the one exponent anchor, else by the tree; fp16 does not span the anchor's exponents.
+    """
+
+    rows: int
+    keys: int
+    slots: int
+    warps: int
+    stages: int
+    anchored: bool
+
+    @classmethod
+    def default(cls, problem: Problem) -> OutputConfig:
+        """By head size, group and dtype; no search, no measurement."""
+        slots = max(16, triton.next_power_of_2(problem.slots))
+        if problem.dtype == torch.float32:  # twice the bytes and no tensor cores: small tiles
+            return cls(rows=16, keys=16, slots=min(32, slots), warps=4, stages=1, anchored=False)
+        rows = min(64, max(16, triton.next_power_of_2(16 * min(problem.group, 16))))
+        warps = 8 if max(problem.head_dim, problem.value_dim) > 128 and rows == 64 else 4
+        anchored = problem.dtype == torch.bfloat16
+        return cls(rows=rows, keys=32, slots=min(64, slots), warps=warps, stages=2, anchored=anchored)
+
+    def tile(self, problem: Problem) -> tuple[int, int]:
+        """Tokens of a tile (the anchor spans 16 at most) and query heads of a kv head that share it."""
+        heads = min(problem.group, 16)
+        return min(16, self.rows // heads), heads
+
+    def stays_in_chunk(self, problem: Problem, chunk: int) -> bool:
+        """Does every tile's run of slot tokens lie within one chunk of stored states?"""
+        tokens, _ = self.tile(problem)
+        return chunk % tokens == 0 and problem.delay % tokens == 0
 
 
 @triton.jit
@@ -73,17 +118,17 @@ def slot_logits(b_dots, b_earlier, b_g, b_strength, tok, u, LEVELS: tl.constexpr
     """
     if EXACT:
         b_g = at_least(b_g, FORGET)
-        b_decay = tl.exp2(sum_gates(u[None, :] <= tok[:, None], b_g, EXACT))
+        b_decay = tl.exp2(sum_gates(u[None, :] <= tok[:, None], b_g, b_dots.dtype))
         b_logit = b_earlier * b_decay
-        b_token = b_strength * tl.exp2(sum_gates((u[None, :] > u[:, None]) & (u[None, :] < 0), b_g, EXACT))
-        b_row = tl.exp2(sum_gates((u[None, :] >= 0) & (u[None, :] <= tok[:, None]), b_g, EXACT))
+        b_token = b_strength * tl.exp2(sum_gates((u[None, :] > u[:, None]) & (u[None, :] < 0), b_g, b_dots.dtype))
+        b_row = tl.exp2(sum_gates((u[None, :] >= 0) & (u[None, :] <= tok[:, None]), b_g, b_dots.dtype))
         b_logit += dot(tl.where((u < 0)[None, :], b_dots, 0.0).to(b_dots.dtype), b_token.to(b_dots.dtype)) * b_row
         m_self = u[None, :] == tok[:, None]
         b_logit += dot(tl.where(m_self, b_dots, 0.0).to(b_dots.dtype), b_strength.to(b_dots.dtype))
         for level in tl.static_range(LEVELS):
             m_pair, m_row, m_token = tree_masks(level, tok, u)
-            b_token = b_strength * tl.exp2(sum_gates(m_token, b_g, EXACT))
-            b_row = tl.exp2(sum_gates(m_row, b_g, EXACT))
+            b_token = b_strength * tl.exp2(sum_gates(m_token, b_g, b_dots.dtype))
+            b_row = tl.exp2(sum_gates(m_row, b_g, b_dots.dtype))
             b_logit += dot(tl.where(m_pair, b_dots, 0.0).to(b_dots.dtype), b_token.to(b_dots.dtype)) * b_row
         return b_logit, b_decay, b_strength, b_strength
     else:
@@ -91,9 +136,9 @@ def slot_logits(b_dots, b_earlier, b_g, b_strength, tok, u, LEVELS: tl.constexpr
         # Before the tile: the gates after a token up to the tile. In the tile: those up to the token, negative.
         m_before = (u[None, :] > u[:, None]) & (u[None, :] < 0)
         m_since = (u[None, :] >= 0) & (u[None, :] <= u[:, None])
-        b_sums = sum_gates(m_before.to(tl.float32) - m_since.to(tl.float32), b_g, EXACT)
+        b_sums = sum_gates(m_before.to(tl.float32) - m_since.to(tl.float32), b_g, b_dots.dtype)
         b_token = b_strength * tl.exp2(b_sums - ANCHOR)
-        b_row = tl.exp2(sum_gates((u[None, :] >= 0) & (u[None, :] <= tok[:, None]), b_g, EXACT) + ANCHOR)
+        b_row = tl.exp2(sum_gates((u[None, :] >= 0) & (u[None, :] <= tok[:, None]), b_g, b_dots.dtype) + ANCHOR)
         b_before = tl.sum(tl.where((u < 0)[:, None], b_g.to(tl.float32), 0.0), 0) * LOG2E
         b_before = tl.exp2(b_before - ANCHOR)
         b_logit = (b_earlier * b_before[None, :] + dot(b_dots, b_token.to(b_dots.dtype))) * b_row
@@ -106,15 +151,15 @@ def slot_weights(b_p, b_decay, b_token, b_before, b_g, tok, u, LEVELS: tl.conste
     if EXACT:
         b_g = at_least(b_g, FORGET)
         b_strength = b_token
-        b_token = b_strength * tl.exp2(sum_gates((u[None, :] > u[:, None]) & (u[None, :] < 0), b_g, EXACT))
-        b_row = tl.exp2(sum_gates((u[None, :] >= 0) & (u[None, :] <= tok[:, None]), b_g, EXACT))
+        b_token = b_strength * tl.exp2(sum_gates((u[None, :] > u[:, None]) & (u[None, :] < 0), b_g, dtype))
+        b_row = tl.exp2(sum_gates((u[None, :] >= 0) & (u[None, :] <= tok[:, None]), b_g, dtype))
         b_w = dot((b_p * b_row).to(dtype), tl.trans(b_token.to(dtype)))
         b_w = tl.where((u < 0)[None, :], b_w, 0.0)
         b_w += tl.where(u[None, :] == tok[:, None], dot(b_p.to(dtype), tl.trans(b_strength.to(dtype))), 0.0)
         for level in tl.static_range(LEVELS):
             m_pair, m_row, m_token = tree_masks(level, tok, u)
-            b_token = b_strength * tl.exp2(sum_gates(m_token, b_g, EXACT))
-            b_row = tl.exp2(sum_gates(m_row, b_g, EXACT))
+            b_token = b_strength * tl.exp2(sum_gates(m_token, b_g, dtype))
+            b_row = tl.exp2(sum_gates(m_row, b_g, dtype))
             b_w += tl.where(m_pair, dot((b_p * b_row).to(dtype), tl.trans(b_token.to(dtype))), 0.0)
         return b_p * b_decay, b_w
     else:
@@ -176,7 +221,7 @@ def output_kernel(
     chunk = tl.where(stream >= 0, stream // C, -((C - 1 - stream) // C))  # floor
     u = tl.arange(0, J) - (stream - chunk * C)  # [J] slot tokens, relative to the tile's first
     position = index * BT - delay + u
-    m_token = (position >= -waiting) & (position < length)
+    m_token = (position >= -waiting) & (position < length) & (u < BT)  # later gates would overflow the anchor
     b_k = load_tokens(tokens.k, recent.k, start, n, seen, position, m_token, h, H, R, D, d, m_d)  # [J, BD]
     b_dots = dot(b_q, tl.trans(b_k))  # [BR, J]
     b_dots = tl.where(u[None, :] <= tok[:, None], b_dots, 0.0).to(dtype)
@@ -251,8 +296,8 @@ def output_kernel(
         m_visible = (key[None, :] <= t[:, None]) & (key[None, :] > t[:, None] - W) & m_key[None, :]
         b_logit = tl.where(m_visible, b_logit * (scale * LOG2E), float("-inf"))
         b_p, b_rescale, b_max, b_sum = softmax_step(b_logit, b_max, b_sum)
-        b_v = load_tokens(tokens.v, recent.v, start, n, seen, key, m_key, h, H, R, DV, dv, m_dv)  # [BN, BDV]
-        b_o = b_o * b_rescale[:, None] + dot(b_p.to(dtype), b_v)
+        b_value = load_tokens(tokens.v, recent.v, start, n, seen, key, m_key, h, H, R, DV, dv, m_dv)  # [BN, BDV]
+        b_o = b_o * b_rescale[:, None] + dot(b_p.to(dtype), b_value)
 
     # A row with nothing to attend to: o = 0, lse = -inf.
     b_o = b_o / tl.where(b_sum == 0.0, 1.0, b_sum)[:, None]
@@ -260,3 +305,32 @@ def output_kernel(
     if p_lse is not None:
         b_lse = tl.where(b_sum == 0.0, float("-inf"), (b_max + tl.log2(b_sum)) / LOG2E)
         tl.store(p_lse + row, b_lse, mask=m_row)
+
+
+def output_launch(
+    problem: Problem, inputs: Inputs, operands: Operands, stored: StoredStates, config: OutputConfig
+) -> tuple[Launch, Tensor, Tensor | None]:
+    """The launch of the output kernel, and what it fills: o [B, T, HQ, DV] and lse [B, T, HQ] fp32 if asked for."""
+    tile_tokens, tile_heads = config.tile(problem)
+    tiles, layout = operands.pieces(problem, 0, tile_tokens)
+    q = inputs.q.contiguous()
+    rows = (problem.batch, problem.tokens, problem.q_heads)
+    o = torch.empty(*rows, problem.value_dim, dtype=q.dtype, device=q.device)
+    lse = torch.empty(*rows, dtype=torch.float32, device=q.device) if problem.return_lse else None
+    since_stored = stored.chunk if config.stays_in_chunk(problem, stored.chunk) else stored.chunk + tile_tokens - 1
+    arguments = dict(
+        p_q=q, p_q_window=q if inputs.q_window is None else inputs.q_window.contiguous(), tokens=operands.tokens,
+        recent=operands.recent, layout=layout, p_first_segment=stored.layout.first, p_states=stored.states,
+        rope=None if inputs.rope is None else tuple(x.contiguous() for x in inputs.rope), p_o=o, p_lse=lse,
+        T=problem.tokens, R=operands.recent_places, P=0 if inputs.rope is None else len(inputs.rope[0]),
+        W=operands.window, delay=operands.delay, tiles=tiles, segments=stored.segments, N=problem.sequences,
+        scale=float(inputs.scale), HQ=problem.q_heads, H=problem.kv_heads, D=problem.head_dim, DV=problem.value_dim,
+        M=problem.slots, C=stored.chunk, CHUNKS=stored.chunks_a_segment, BR=config.rows, BT=tile_tokens, HB=tile_heads,
+        J=max(16, triton.next_power_of_2(since_stored)), BN=config.keys, BM=config.slots,
+        BD=max(16, triton.next_power_of_2(problem.head_dim)), BDV=max(16, triton.next_power_of_2(problem.value_dim)),
+        LEVELS=(tile_tokens - 1).bit_length(), MASK_EMPTY=problem.mask_empty_slots, EXACT=not config.anchored,
+    )  # fmt: skip
+    count = tiles if problem.packed else tiles * problem.sequences
+    grid = (count * problem.kv_heads * -(-problem.group // tile_heads),)
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    return Launch(output_kernel, grid, arguments, options), o, lse

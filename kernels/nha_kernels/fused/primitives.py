@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..problem import Inputs, Problem
+
 LOG2E = tl.constexpr(1.4426950408889634)
 # In bf16 all decays of a tile of up to 16 tokens share one exponent anchor. A step's decay is cut off at 2^-13 (with
 # natural gates: -9), so 16 steps span 2^-208, and an anchor in the middle keeps every factor within 2^-104 .. 2^104.
@@ -114,28 +116,30 @@ def dot(b_a, b_b):
 
 
 @triton.jit
-def sum_gates(m_rows, b_g, EXACT: tl.constexpr):
-    """Sums of gates over 0/1 (or -1) masks, as a product: m_rows [X, J] with b_g [J, Y] -> [X, Y] fp32, in log2."""
-    if b_g.dtype == tl.float32 and not EXACT:
-        # fp32 gates beside bf16 tensors: two bf16 terms carry 16 bits of each.
-        b_high = b_g.to(tl.bfloat16)
-        b_low = (b_g - b_high.to(tl.float32)).to(tl.bfloat16)
-        b_mask = m_rows.to(tl.bfloat16)
-        return (tl.dot(b_mask, b_high) + tl.dot(b_mask, b_low)) * LOG2E
+def sum_gates(m_rows, b_g, dtype):
+    """Sums of gates over 0/1 (or -1) masks, as a product: m_rows [X, J] with b_g [J, Y] -> [X, Y] fp32, in log2.
+
+    fp32 gates beside 16-bit tensors (of `dtype`) go in as two 16-bit terms, which carry all that matters of each.
+    """
+    b_mask = m_rows.to(dtype)
+    if b_g.dtype == dtype:
+        return dot(b_mask, b_g) * LOG2E
     else:
-        return dot(m_rows.to(b_g.dtype), b_g) * LOG2E
+        b_high = b_g.to(dtype)
+        b_low = (b_g - b_high.to(tl.float32)).to(dtype)
+        return (dot(b_mask, b_high) + dot(b_mask, b_low)) * LOG2E
 
 
 @triton.jit
-def sum_gates_transposed(b_g, m_columns, EXACT: tl.constexpr):
+def sum_gates_transposed(b_g, m_columns, dtype):
     """The same, transposed: b_g [Y, J] with m_columns [J, X] -> [Y, X]."""
-    if b_g.dtype == tl.float32 and not EXACT:
-        b_high = b_g.to(tl.bfloat16)
-        b_low = (b_g - b_high.to(tl.float32)).to(tl.bfloat16)
-        b_mask = m_columns.to(tl.bfloat16)
-        return (tl.dot(b_high, b_mask) + tl.dot(b_low, b_mask)) * LOG2E
+    b_mask = m_columns.to(dtype)
+    if b_g.dtype == dtype:
+        return dot(b_g, b_mask) * LOG2E
     else:
-        return dot(b_g, m_columns.to(b_g.dtype)) * LOG2E
+        b_high = b_g.to(dtype)
+        b_low = (b_g - b_high.to(tl.float32)).to(dtype)
+        return (dot(b_high, b_mask) + dot(b_low, b_mask)) * LOG2E
 
 
 @triton.jit
@@ -149,7 +153,7 @@ def write_strength(b_g, b_s):
 
 @triton.jit
 def rotate(b_lower, b_upper, p_cos, p_sin, position, m_row, P, column, m_column, HALF: tl.constexpr):
-    """Both halves [rows, D/2] rotated to their positions. Beyond the tables' P rows there is no angle: NaN, not a guess."""
+    """Both halves [rows, D/2] rotated to their positions; NaN, not a guess, beyond the P rows of the tables."""
     m_table = m_row & (position < P)
     offset = position[:, None] * HALF + column[None, :]
     mask = m_table[:, None] & m_column[None, :]
@@ -172,6 +176,59 @@ class Launch:
     def __call__(self) -> None:
         if all(self.grid):
             self.kernel[self.grid](**self.arguments, **self.options)
+
+
+@dataclass(frozen=True, slots=True)
+class Operands:
+    """A call's tensors as the kernels take them: contiguous, the state's recent tokens apart.
+
+    recent_places: of the ring, R. window and delay are clamped to what exists, beyond which they change nothing: so all
+    positions fit in 32 bits.
+    """
+
+    tokens: Tokens
+    recent: Tokens
+    cu_seqlens: Tensor | None
+    seen: Tensor | None
+    recent_places: int
+    window: int
+    delay: int
+
+    @classmethod
+    def of(cls, problem: Problem, inputs: Inputs) -> Operands:
+        """Gather the operands of a call; copies only what is not contiguous."""
+        state = inputs.state if inputs.state is not None and inputs.state.capacity > 0 else None
+        places = 0 if state is None else state.capacity
+        return cls(
+            tokens=_contiguous(inputs.k, inputs.v, inputs.g, inputs.s, inputs.k_window),
+            recent=Tokens(None, None, None, None, None)
+            if state is None
+            else _contiguous(state.k, state.v, state.g, state.s, state.k_window),
+            cu_seqlens=inputs.cu_seqlens,
+            seen=None if state is None else state.seen,
+            recent_places=places,
+            window=min(problem.window, problem.tokens + places),
+            delay=min(problem.delay, problem.tokens) if state is None else problem.delay,
+        )
+
+    def pieces(self, problem: Problem, extra: int, size: int) -> tuple[int, Layout]:
+        """Cut each sequence, `extra` tokens longer, into pieces of `size`: their number, and whose they are.
+
+        The number is of pieces a sequence; of packed sequences, whose lengths only the device knows, an upper bound for
+        all together.
+        """
+        if self.cu_seqlens is None:
+            return -(-max(0, problem.tokens + extra) // size), Layout(None, self.seen, None, None)
+        length = self.cu_seqlens.diff()
+        count = torch.where(length > 0, (length + extra + size - 1).clamp(min=0) // size, 0)
+        bound = (problem.tokens + problem.sequences * max(0, extra)) // size + problem.sequences
+        return bound, Layout(self.cu_seqlens, self.seen, *map_pieces(count, bound))
+
+
+def _contiguous(k: Tensor, v: Tensor, g: Tensor, s: Tensor | None, k_window: Tensor | None) -> Tokens:
+    k = k.contiguous()
+    k_window = k if k_window is None else k_window.contiguous()
+    return Tokens(k, v.contiguous(), g.contiguous(), None if s is None else s.contiguous(), k_window)
 
 
 def map_pieces(count: Tensor, bound: int) -> tuple[Tensor, Tensor]:

@@ -2,7 +2,8 @@
 
 The recurrence K~ <- diag(alpha) K~ + s k^T is diagonal, so a sequence is cut into segments of L tokens: each segment's
 own contribution from zero slots (`segment_kernel`), a scan over the segments' ends (`scan_kernel`), and the segments
-once more, now from the slots that they begin with, writing what every chunk of C tokens meets (`segment_kernel`, WRITE).
+once more, now from the slots that they begin with, writing what each chunk of C tokens meets (`segment_kernel` with
+WRITE).
 
 E = D + DV: K~ and V~ stand side by side. A stream position p absorbs token p; it runs from -PAST, the oldest multiple
 of C that reaches `delay` tokens back, where there is an initial state, else from 0, and stops `delay` tokens before the
@@ -11,12 +12,20 @@ end: those wait for the next call.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
+from ..problem import Problem
 from .primitives import (
     FORGET,
     LOG2E,
+    Launch,
+    Layout,
+    Operands,
     at_least,
     dot,
     find_piece,
@@ -27,12 +36,59 @@ from .primitives import (
 )
 
 
+@dataclass(frozen=True, slots=True)
+class StatesConfig:
+    """How the state pass is launched.
+
+    chunk: tokens between two stored states, C. segment: tokens of one program, L. block: tokens of one step without
+    WRITE (with it: the chunk, at most 64). All powers of two >= 16, each dividing the next larger. columns: of K~ or V~
+    a program.
+    """
+
+    chunk: int
+    segment: int
+    block: int
+    columns: int
+    warps: int
+    stages: int
+
+    @classmethod
+    def default(cls, problem: Problem, chunk: int) -> StatesConfig:
+        """By head size and dtype; no search, no measurement."""
+        columns = min(128, max(16, triton.next_power_of_2(max(problem.head_dim, problem.value_dim))))
+        segment = _segment_length(problem)
+        if problem.dtype == torch.float32:  # twice the bytes and no tensor cores: small steps
+            return cls(chunk=chunk, segment=segment, block=chunk, columns=min(64, columns), warps=4, stages=1)
+        return cls(chunk=chunk, segment=segment, block=64, columns=columns, warps=4, stages=2)
+
+
+def _segment_length(problem: Problem) -> int:
+    """Long enough to amortise a segment's start, short enough for two waves of programs on a large GPU."""
+    columns = -(-problem.head_dim // 128) + -(-problem.value_dim // 128)
+    programs_per_token = problem.batch * problem.kv_heads * columns * -(-problem.slots // 64)
+    length = problem.tokens * programs_per_token // 512
+    return min(1024, max(128, triton.next_power_of_2(length + 1) // 2))
+
+
+@dataclass(frozen=True, slots=True)
+class StoredStates:
+    """What the state pass writes: states [segments * L / C, H, M, E], the slots before every chunk, and the final slots
+    [N, H, M, E] fp32 if asked for. segments, layout: as `Operands.pieces` gives them."""
+
+    states: Tensor
+    final: Tensor | None
+    segments: int
+    layout: Layout
+    chunk: int
+    chunks_a_segment: int
+
+
 @triton.jit(do_not_specialize=["T", "R", "delay", "segments"])
 def segment_kernel(
     tokens, recent, layout, p_ends, p_totals, p_states, T, R, delay, segments, N,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr,
     C: tl.constexpr, L: tl.constexpr, BT: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr,
-    EXACT: tl.constexpr, WRITE: tl.constexpr,
+    WRITE: tl.constexpr,
 ):  # fmt: skip
     """One segment, one kv head, BD columns of K~ or V~, BM slots.
 
@@ -99,10 +155,12 @@ def segment_kernel(
             b_s = load_tokens_transposed(
                 tokens.s, recent.s, start, n, seen, position, m_exists, h, H, R, M, m, m_slot
             )  # [BM, BT]
-        b_x = load_tokens(p_x, p_recent, start, n, seen, position, m_exists, h, H, R, size, column, m_column)  # [BT, BD]
+        b_x = load_tokens(
+            p_x, p_recent, start, n, seen, position, m_exists, h, H, R, size, column, m_column
+        )  # [BT, BD]
         b_strength = write_strength(b_g, b_s)
         b_g = at_least(b_g, FORGET)
-        b_later = sum_gates_transposed(b_g, m_later, EXACT)  # [BM, BT]
+        b_later = sum_gates_transposed(b_g, m_later, b_x.dtype)  # [BM, BT]
         b_step = tl.sum(b_g.to(tl.float32), 1) * LOG2E  # [BM]
         b_weight = (b_strength * tl.exp2(b_later)).to(b_x.dtype)  # [BM, BT]
         b_state = b_state * tl.exp2(b_step)[:, None] + dot(b_weight, b_x)
@@ -148,3 +206,45 @@ def scan_kernel(
         row += H * M
     if p_final is not None:
         tl.store(p_final + own, b_state, mask=m_e)
+
+
+def state_launches(
+    problem: Problem, operands: Operands, initial: Tensor | None, config: StatesConfig
+) -> tuple[list[Launch], StoredStates]:
+    """The launches of the state pass, in order; initial [N, H, M, E]: the slots before the call (None: zero)."""
+    heads, slots, dim, value_dim = problem.kv_heads, problem.slots, problem.head_dim, problem.value_dim
+    width = dim + value_dim
+    past = -(-operands.delay // config.chunk) * config.chunk if operands.recent_places else 0
+    segments, layout = operands.pieces(problem, past - operands.delay, config.segment)
+    pieces = segments if problem.packed else segments * problem.sequences
+    chunks = config.segment // config.chunk
+
+    def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=operands.tokens.k.device)
+
+    stored = StoredStates(
+        states=empty(pieces * chunks, heads, slots, width, dtype=problem.dtype),
+        final=empty(problem.sequences, heads, slots, width) if problem.output_final_state else None,
+        segments=segments, layout=layout, chunk=config.chunk, chunks_a_segment=chunks,
+    )  # fmt: skip
+    shared = dict(
+        layout=layout, p_ends=empty(pieces, heads, slots, width), p_totals=empty(pieces, heads, slots),
+        segments=segments, H=heads, M=slots,
+    )  # fmt: skip
+    slot_block = min(64, max(16, triton.next_power_of_2(slots)))
+    segment = dict(
+        **shared, tokens=operands.tokens, recent=operands.recent, p_states=stored.states, T=problem.tokens,
+        R=operands.recent_places, delay=operands.delay, N=problem.sequences, D=dim, DV=value_dim, C=config.chunk,
+        L=config.segment, BM=slot_block, BD=config.columns,
+    )  # fmt: skip
+    blocks = -(-dim // config.columns) + -(-value_dim // config.columns)
+    grid = (pieces, heads * blocks, -(-slots // slot_block))
+    options = {"num_warps": config.warps, "num_stages": config.stages}
+    scan_columns = min(128, triton.next_power_of_2(width))
+    scan = dict(**shared, p_initial=initial, p_final=stored.final, E=width, BE=scan_columns)
+    scan_grid = (problem.sequences, heads, slots * -(-width // scan_columns))
+    return [
+        Launch(segment_kernel, grid, {**segment, "BT": config.block, "WRITE": False}, options),
+        Launch(scan_kernel, scan_grid, scan, {"num_warps": 1}),
+        Launch(segment_kernel, grid, {**segment, "BT": min(64, config.chunk), "WRITE": True}, options),
+    ], stored
