@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from . import flash_window
 from .flash_window import Packing, window_attention, window_kernel
-from .problem import Inputs, Problem, Result
+from .problem import Inputs, Problem, Result, accumulate_dtype
 from .slots import (
     Plan,
     Segment,
@@ -185,7 +185,8 @@ class _Flash(torch.autograd.Function):
         window_grads = ctx.kernel.backward(
             grad_o, q_window, keys, values, o, lse.transpose(0, 1).contiguous(), work.packing, ctx.saved
         )
-        delta = (grad_o.float() * o.float()).sum(-1)  # [B * T, HQ]
+        wide = accumulate_dtype(o.dtype)
+        delta = (grad_o.to(wide) * o.to(wide)).sum(-1)  # [B * T, HQ]
         grad_initial, grads = walk_back(
             work.problem, work.plan.segments, work.indices, work.weigh, initial, (lse, *tensors), ctx.carries,
             [work.plan.over_rows(grad_o), work.plan.over_rows(-delta)], grad_final,

@@ -202,7 +202,8 @@ def plan(problem: Problem, inputs: Inputs, window_elements: int) -> Plan:
     for low in range(0, len(sequence), size):
         part = slice(low, low + size)
         begins, ends = (x[part].nonzero().flatten().to(device) for x in (is_begin, is_end))
-        segments.append(Segment(*blocks[:, part].unbind(), begins=begins, ends=ends))
+        own, starts, lengths, offsets = blocks[:, part].unbind()
+        segments.append(Segment(own, starts, lengths, offsets, begins, ends))
     of_token = torch.repeat_interleave(torch.arange(len(length)), length)
     row = ((end - count) * ROWS - offset)[of_token] + torch.arange(len(of_token))
     return Plan(tuple(segments), row.to(device))

@@ -8,15 +8,13 @@ from dataclasses import dataclass
 from itertools import product
 
 import torch
-import triton
 
 from ..problem import Inputs, Problem, Result
 from ..slots import final_slots, initial_slots
+from .limits import DTYPES
 from .output import OutputConfig, output_launch
 from .primitives import Launch, Operands
 from .states import StatesConfig, state_launches
-
-DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,31 +47,6 @@ def launchable_problems() -> Iterator[Problem]:
             positions="rope", explicit_strength=True, mask_empty_slots=True, has_state=True, output_final_state=True,
             return_lse=True,
         )  # fmt: skip
-
-
-def why_unavailable(device_type: str) -> str | None:
-    """Why `triton` cannot run on a device type of this machine at all, or None."""
-    if device_type == "cuda":
-        return None if torch.cuda.is_available() else "the fused kernels need a GPU, and torch sees none"
-    if device_type == "cpu" and triton.knobs.runtime.interpret:
-        return None
-    return f"the fused kernels need a CUDA GPU; the tensors are on {device_type}"
-
-
-def why_not(problem: Problem) -> str | None:
-    """Why `triton` cannot serve a call: the limits of the fused kernels."""
-    if problem.needs_grad:
-        return "the fused kernels have no backward yet"
-    if problem.dtype not in DTYPES:
-        return f"the fused kernels take float16, bfloat16 or float32, not {str(problem.dtype).removeprefix('torch.')}"
-    for name, size in (("D", problem.head_dim), ("Dv", problem.value_dim)):
-        if size > 256 or size % 16:
-            return f"the fused kernels take multiples of 16 up to 256 as head size, not {name} = {size}"
-    if problem.slots > 256:
-        return f"the fused kernels take up to 256 slots, not {problem.slots}"
-    if problem.device == "cpu" and problem.dtype == torch.bfloat16:
-        return "Triton's interpreter computes bfloat16 wrongly"
-    return None
 
 
 def run(problem: Problem, inputs: Inputs, config: ForwardConfig | None = None) -> Result:
