@@ -1,4 +1,4 @@
-"""Which implementation serves a call: the first, in the order of measured speed, that can."""
+"""Which implementation serves a call: the first, from the most fused to the plainest, that can."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from .problem import Problem, UnsupportedCall
 from .registry import IMPLEMENTATIONS, Implementation
 
-# Fastest first. naive is last: chunked serves whatever it serves, and faster.
+# The more is fused, the fewer bytes move. naive is last: chunked serves whatever it serves, and faster.
 ORDER = ("triton", "flash", "chunked", "naive")
 
 
@@ -33,7 +33,7 @@ def explain_problem(problem: Problem) -> Explanation:
         implementation = IMPLEMENTATIONS[name]
         reason = why_not(implementation, problem)
         if reason is None and chosen:
-            reason = f"could serve this call; {chosen} is preferred because it is faster"
+            reason = f"could serve this call; {chosen} comes first, which moves fewer bytes"
         if reason is None:
             chosen = name
         else:

@@ -182,13 +182,17 @@ class _Flash(torch.autograd.Function):
         work: _Work = ctx.work
         initial, q_window, keys, values, o, lse, *tensors = ctx.saved_tensors
         grad_o = grad_o.contiguous()
-        window_grads = ctx.kernel.backward(
+        grad_q_window, grad_keys, grad_values = ctx.kernel.backward(
             grad_o, q_window, keys, values, o, lse.transpose(0, 1).contiguous(), work.packing, ctx.saved
         )
+        if work.packing.cu_k is not work.packing.cu_q:
+            # The packing may end before its buffer does, and the kernel leaves the gradients of what follows unwritten.
+            unused = torch.arange(len(keys), device=keys.device) >= work.packing.cu_k[-1]
+            grad_keys, grad_values = (x.masked_fill(unused[:, None, None], 0) for x in (grad_keys, grad_values))
         wide = accumulate_dtype(o.dtype)
         delta = (grad_o.to(wide) * o.to(wide)).sum(-1)  # [B * T, HQ]
         grad_initial, grads = walk_back(
             work.problem, work.plan.segments, work.indices, work.weigh, initial, (lse, *tensors), ctx.carries,
             [work.plan.over_rows(grad_o), work.plan.over_rows(-delta)], grad_final,
         )  # fmt: skip
-        return None, grad_initial, *window_grads, *grads[1:]
+        return None, grad_initial, grad_q_window, grad_keys, grad_values, *grads[1:]

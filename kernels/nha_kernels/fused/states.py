@@ -83,7 +83,7 @@ class StoredStates:
     chunks_a_segment: int
 
 
-@triton.jit(do_not_specialize=["T", "R", "delay", "segments"])
+@triton.jit(do_not_specialize=["T", "R", "delay", "segments", "N"])
 def segment_kernel(
     tokens, recent, layout, p_ends, p_totals, p_states, T, R, delay, segments, N,
     H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr,
