@@ -169,12 +169,12 @@ def slot_weights(b_p, b_decay, b_token, b_before, b_g, tok, u, LEVELS: tl.conste
         return b_scaled * b_before[None, :], tl.where(u[None, :] <= tok[:, None], b_w, 0.0)
 
 
-@triton.jit(do_not_specialize=["T", "R", "P", "W", "delay", "tiles", "segments", "N"])
+@triton.jit(do_not_specialize=["T", "R", "P", "W", "delay", "C", "CHUNKS", "tiles", "segments", "N"])
 def output_kernel(
     p_q, p_q_window, tokens, recent, layout, p_first_segment, p_states, rope, p_o, p_lse,
-    T, R, P, W, delay, tiles, segments, N, scale,
+    T, R, P, W, delay, C, CHUNKS, tiles, segments, N, scale,
     HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr,
-    C: tl.constexpr, CHUNKS: tl.constexpr, BR: tl.constexpr, BT: tl.constexpr, HB: tl.constexpr, J: tl.constexpr,
+    BR: tl.constexpr, BT: tl.constexpr, HB: tl.constexpr, J: tl.constexpr,
     BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, LEVELS: tl.constexpr,
     MASK_EMPTY: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip

@@ -1,0 +1,337 @@
+"""What native hybrid attention is raced against: full, window-only and linear attention, one small record each.
+
+Sizes as in nhabench.floors; G = HQ / H query heads share a kv head. A contender takes q [B,T,HQ,D], k and v [B,T,H,D]
+and returns o [B,T,HQ,D].
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import warnings
+from importlib import metadata
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from nhabench.contender import Call, Contender, Unsupported
+from nhabench.floors import (
+    FloorFunction,
+    delta_rule_floor,
+    full_floor,
+    gla_floor,
+    gsa_floor,
+    linear_floor,
+    simple_gla_floor,
+    window_floor,
+)
+from nhabench.inputs import Inputs
+from nhabench.workloads import Case
+
+MATH_BYTES = 4 * 2**30  # what the T x T matrices of the math backend may take
+
+
+def installed(*distributions: str) -> bool:
+    """Whether one of the distributions is installed. Nothing is imported: an import could start a GPU toolchain."""
+    for name in distributions:
+        try:
+            metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+        return True
+    return False
+
+
+def repeat_heads(x: torch.Tensor, q_heads: int) -> torch.Tensor:
+    """[B,T,H,...] -> [B,T,HQ,...]: each kv head once for each of its query heads."""
+    return x.repeat_interleave(q_heads // x.shape[2], dim=2)
+
+
+# Definitions at small T, in the dtype of the inputs -------------------------------------------------------------------
+
+
+def masked_softmax(inputs: Inputs, window: int) -> torch.Tensor:
+    """Softmax attention straight from its definition: query t sees the keys t - window < j <= t."""
+    heads = inputs.q.shape[2]
+    q, k, v = (repeat_heads(x, heads).transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+    t = torch.arange(q.shape[2], device=q.device)
+    distance = t[:, None] - t  # [T, T]
+    visible = (distance >= 0) & (distance < window)
+    logits = (q @ k.mT * q.shape[-1] ** -0.5).masked_fill(~visible, -torch.inf)
+    return (logits.softmax(-1) @ v).transpose(1, 2)
+
+
+def linear_direct(inputs: Inputs) -> torch.Tensor:
+    """o_t = D**-0.5 * sum over j <= t of (q_t . k_j) v_j, with the T x T matrix."""
+    heads = inputs.q.shape[2]
+    q, k, v = (repeat_heads(x, heads).transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+    return ((q @ k.mT).tril() * q.shape[-1] ** -0.5 @ v).transpose(1, 2)
+
+
+# Full attention -------------------------------------------------------------------------------------------------------
+
+_SDPA: dict[str, tuple[SDPBackend, str, str]] = {
+    "sdpa-flash": (SDPBackend.FLASH_ATTENTION, "full: SDPA flash", ""),
+    "sdpa-cudnn": (SDPBackend.CUDNN_ATTENTION, "full: cuDNN", ""),
+    "sdpa-efficient": (
+        SDPBackend.EFFICIENT_ATTENTION,
+        "full: SDPA mem-efficient",
+        "Takes no grouped heads: k and v are repeated inside the timed call.",
+    ),
+    "sdpa-math": (SDPBackend.MATH, "full: SDPA math", ""),
+}
+
+
+def _run_sdpa(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """q [B,HQ,T,D], k and v [B,H,T,D] -> [B,HQ,T,D]."""
+    group = q.shape[1] // k.shape[1]
+    if group > 1 and backend is SDPBackend.EFFICIENT_ATTENTION:
+        k, v = k.repeat_interleave(group, dim=1), v.repeat_interleave(group, dim=1)
+        group = 1
+    with sdpa_kernel(backend):
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=group > 1)
+
+
+def _refusal(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, error: Exception) -> Unsupported:
+    """Ask once more, to collect the reasons that torch gives as warnings."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with contextlib.suppress(RuntimeError):
+            _run_sdpa(backend, q, k, v)
+    # "... (Triggered internally at file:line)" is for the developers of torch.
+    reasons = {str(warning.message).split(" (Triggered")[0].strip() for warning in caught}
+    known = sorted(reason for reason in reasons if "not used because" not in reason)
+    return Unsupported(f"torch has no such kernel for this case: {' '.join(known) or error}")
+
+
+def _sdpa_contender(name: str) -> Contender:
+    backend, label, remark = _SDPA[name]
+
+    def bind(inputs: Inputs) -> Call:
+        q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+
+        def call() -> torch.Tensor:
+            try:
+                return _run_sdpa(backend, q, k, v).transpose(1, 2)
+            except RuntimeError as error:
+                if "No available kernel" not in str(error):
+                    raise
+                raise _refusal(backend, q, k, v, error) from error
+
+        return call
+
+    def missing(device: torch.device) -> str | None:
+        if device.type != "cuda" and backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+            return f"This backend of scaled_dot_product_attention needs a CUDA GPU, not {device.type}."
+        if backend is SDPBackend.CUDNN_ATTENTION and not torch.backends.cudnn.is_available():
+            return "This installation of torch has no cuDNN."
+        return None
+
+    def cannot(case: Case, device: torch.device) -> str | None:
+        # Logits and probabilities in fp32, whatever the dtype.
+        needed = case.batch * case.workload.q_heads * case.seq_len**2 * 8
+        if backend is SDPBackend.MATH and needed > MATH_BYTES:
+            return (
+                f"Its T x T matrices take {needed / 2**30:.0f} GiB, over the limit of {MATH_BYTES >> 30} GiB set here."
+            )
+        return None
+
+    return Contender(
+        name, label, "full", full_floor, bind, missing, cannot, True, lambda x: masked_softmax(x, x.q.shape[1]), remark
+    )
+
+
+def _flash_attn_contender(name: str, label: str, module: str, distributions: tuple[str, ...]) -> Contender:
+    """Causal attention of the flash-attn package, version 2 or 3."""
+
+    def missing(device: torch.device) -> str | None:
+        if not installed(*distributions):
+            return f"{distributions[0]} is not installed."
+        return None if device.type == "cuda" else f"{distributions[0]} needs a CUDA GPU, not {device.type}."
+
+    def cannot(case: Case, device: torch.device) -> str | None:
+        return f"{distributions[0]} takes 16-bit inputs, not float32." if case.dtype == "float32" else None
+
+    def bind(inputs: Inputs) -> Call:
+        attention = importlib.import_module(module).flash_attn_func
+
+        def call() -> torch.Tensor:
+            out: Any = attention(inputs.q, inputs.k, inputs.v, causal=True)
+            result: torch.Tensor = out[0] if isinstance(out, tuple) else out  # early FA3 adds the log-sum-exp
+            return result
+
+        return call
+
+    return Contender(
+        name, label, "full", full_floor, bind, missing, cannot, True, lambda x: masked_softmax(x, x.q.shape[1])
+    )
+
+
+# Window-only attention ------------------------------------------------------------------------------------------------
+
+
+def blocked_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+    """Causal attention over the last `window` tokens in O(T): each block of W queries sees its own and the last block.
+
+    q [B,T,HQ,D], k and v [B,T,H,D] -> o [B,T,HQ,D]; plain PyTorch, any device and dtype.
+    """
+    batch, length, heads, size = q.shape
+    window = min(window, length)
+    blocks = -(-length // window)
+    fill = blocks * window - length
+
+    def fold(x: torch.Tensor) -> torch.Tensor:  # [B, T, h, D] -> [B, blocks, W, h, D]
+        return F.pad(x, (0, 0, 0, 0, 0, fill)).unflatten(1, (blocks, window))
+
+    def with_previous(x: torch.Tensor) -> torch.Tensor:  # [B, T, h, D] -> [B*blocks, h, 2W, D]
+        folded = fold(x)
+        previous = F.pad(folded, (0, 0, 0, 0, 0, 0, 1, 0))[:, :-1]
+        return torch.cat((previous, folded), 2).flatten(0, 1).transpose(1, 2)
+
+    t = torch.arange(window, device=q.device)
+    distance = t[:, None] + window - torch.arange(2 * window, device=q.device)  # [W, 2W]
+    band = ((distance >= 0) & (distance < window)).repeat(blocks, 1, 1)  # [blocks, W, 2W]
+    band[0, :, :window] = False  # the first block has no previous one
+    mask = band.repeat(batch, 1, 1).unsqueeze(1)  # [B*blocks, 1, W, 2W]
+    o = F.scaled_dot_product_attention(
+        fold(q).flatten(0, 1).transpose(1, 2),
+        with_previous(k),
+        with_previous(v),
+        attn_mask=mask,
+        enable_gqa=heads != k.shape[2],
+    )
+    return o.transpose(1, 2).reshape(batch, blocks * window, heads, size)[:, :length]
+
+
+def _window_contender() -> Contender:
+    """The window alone: a flash kernel where there is one (CUDA, 16 bit), blocks through SDPA elsewhere."""
+
+    def bind(inputs: Inputs) -> Call:
+        window = inputs.case.workload.window
+        if not _flash_window(inputs.case, inputs.q.device):
+            return lambda: blocked_window(inputs.q, inputs.k, inputs.v, window)
+        from nha_kernels.flash_window import window_attention
+
+        scale = inputs.q.shape[-1] ** -0.5
+        return lambda: window_attention(inputs.q, inputs.k, inputs.v, window, scale)
+
+    def cannot(case: Case, device: torch.device) -> str | None:
+        if case.workload.window == 0:
+            return "The window is 0: there is nothing to attend to."
+        if _flash_window(case, device):
+            from nha_kernels.flash_window import why_unavailable
+
+            reason = why_unavailable()
+            return None if reason is None else f"{reason[0].upper()}{reason[1:]}."
+        return None
+
+    return Contender(
+        name="window",
+        label="window alone",
+        family="window",
+        floor=window_floor,
+        bind=bind,
+        cannot=cannot,
+        exact=lambda inputs: masked_softmax(inputs, inputs.case.workload.window),
+    )
+
+
+def _flash_window(case: Case, device: torch.device) -> bool:
+    return device.type == "cuda" and case.dtype != "float32"
+
+
+# Linear attention -----------------------------------------------------------------------------------------------------
+
+
+def chunked_linear(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, chunk: int = 64) -> torch.Tensor:
+    """Linear attention without gates, in chunks: the state of all earlier chunks, and the own chunk directly.
+
+    q [B,T,HQ,D], k and v [B,T,H,D] -> o [B,T,HQ,D]. States are summed in fp32; plain PyTorch, any device and dtype.
+    """
+    batch, length, heads, size = q.shape
+    kv_heads, group = k.shape[2], heads // k.shape[2]
+    fill = -length % chunk
+    q, k, v = (F.pad(x, (0, 0, 0, 0, 0, fill)).unflatten(1, (-1, chunk)) for x in (q, k, v))
+    q = q.unflatten(3, (kv_heads, group)).permute(0, 1, 3, 4, 2, 5).flatten(3, 4)  # [B, N, H, G*C, D]
+    k, v = k.transpose(2, 3), v.transpose(2, 3)  # [B, N, H, C, D]
+    states = (k.mT @ v).float()  # [B, N, H, D, D]
+    before = (states.cumsum(1) - states).to(q.dtype)
+    scores = (q @ k.mT).unflatten(3, (group, chunk)).tril().flatten(3, 4)  # [B, N, H, G*C, C]
+    o = torch.baddbmm((scores @ v).flatten(0, 2), q.flatten(0, 2), before.flatten(0, 2))
+    o = o.mul_(size**-0.5).view(batch, -1, kv_heads, group, chunk, size).permute(0, 1, 4, 2, 3, 5)
+    return o.reshape(batch, -1, heads, size)[:, :length]
+
+
+def _linear_contender() -> Contender:
+    return Contender(
+        name="linear",
+        label="linear, no gate (plain PyTorch)",
+        family="linear",
+        floor=linear_floor,
+        bind=lambda inputs: lambda: chunked_linear(inputs.q, inputs.k, inputs.v),
+        exact=linear_direct,
+    )
+
+
+def _fla_operands(name: str, x: Inputs) -> tuple[torch.Tensor, ...]:
+    """The tensors of a flash-linear-attention kernel, every one at HQ heads, as these kernels are timed elsewhere."""
+    heads, size = x.q.shape[2], x.q.shape[3]
+    k, v = repeat_heads(x.k, heads), repeat_heads(x.v, heads)
+    if name == "gla":
+        return x.q, k, v, F.logsigmoid(x.randn(heads, size)).div_(8).to(x.q.dtype)
+    if name == "gsa":
+        g = repeat_heads(x.g, heads)
+        return x.q, k, v, (1 - g.float().exp()).to(g.dtype), g
+    gate = F.logsigmoid(x.randn(heads)).div_(8)  # [B, T, HQ]
+    if name == "simple-gla":
+        return x.q, k, v, gate
+    # The delta rule diverges unless its keys have length 1.
+    return x.q, F.normalize(k.float(), dim=-1).to(k.dtype), v, gate, x.randn(heads, seed=1).sigmoid().to(k.dtype)
+
+
+def _fla_contender(name: str, label: str, path: str, floor: FloorFunction) -> Contender:
+    module, function = path.rsplit(".", 1)
+
+    def missing(device: torch.device) -> str | None:
+        if not installed("flash-linear-attention", "fla-core"):
+            return "flash-linear-attention is not installed."
+        return None if device.type == "cuda" else f"flash-linear-attention needs a GPU, not {device.type}."
+
+    def cannot(case: Case, device: torch.device) -> str | None:
+        refuses = name == "gated-delta-rule" and case.dtype == "float32"
+        return "Its chunk kernel takes 16-bit inputs, not float32." if refuses else None
+
+    def bind(inputs: Inputs) -> Call:
+        operation = getattr(importlib.import_module(module), function)
+        operands = _fla_operands(name, inputs)
+
+        def call() -> torch.Tensor:
+            result: torch.Tensor = operation(*operands)[0]
+            return result
+
+        return call
+
+    remark = "Keys, values and gates are repeated to all query heads before the timed call."
+    return Contender(name, label, "linear", floor, bind, missing, cannot, remark=remark)
+
+
+def baselines() -> list[Contender]:
+    """Every baseline, in the order of tables."""
+    return [
+        *(_sdpa_contender(name) for name in _SDPA),
+        _flash_attn_contender("flash-attn-2", "full: flash-attn 2", "flash_attn", ("flash-attn",)),
+        _flash_attn_contender("flash-attn-3", "full: flash-attn 3", "flash_attn_interface", ("flash-attn-3",)),
+        _window_contender(),
+        _linear_contender(),
+        _fla_contender("gla", "linear: GLA", "fla.ops.gla.chunk_gla", gla_floor),
+        _fla_contender("gsa", "linear: gated slots (GSA)", "fla.ops.gsa.chunk_gsa", gsa_floor),
+        _fla_contender("simple-gla", "linear: simple GLA", "fla.ops.simple_gla.chunk_simple_gla", simple_gla_floor),
+        _fla_contender(
+            "gated-delta-rule",
+            "linear: gated delta rule",
+            "fla.ops.gated_delta_rule.chunk_gated_delta_rule",
+            delta_rule_floor,
+        ),
+    ]

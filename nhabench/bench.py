@@ -1,0 +1,163 @@
+"""A run from its options to its exit code: plan, measure case by case, keep every row, draw, tell."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from nhabench.baselines import baselines
+from nhabench.ceilings import measure_ceilings
+from nhabench.contender import Contender
+from nhabench.environment import read_environment
+from nhabench.gpu import GpuWatch
+from nhabench.implementations import implementations
+from nhabench.measure import DeviceLost, Lab, measure_case
+from nhabench.plan import CPU_SECONDS, affordable, estimated_seconds
+from nhabench.plots import draw_all
+from nhabench.results import ResultFile, Row
+from nhabench.tables import print_tables
+from nhabench.timing import CudaEvents, WallClock
+from nhabench.workloads import Case
+
+EXIT_OK, EXIT_WRONG, EXIT_DEVICE, EXIT_DISK, EXIT_INTERRUPTED = 0, 1, 70, 74, 130
+CSV_NAME = "forward.csv"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run. `trim`: on a CPU, only the cases that end in a few minutes. `seconds`: of timing for each case."""
+
+    cases: Sequence[Case]
+    contenders: Sequence[Contender]
+    device: torch.device
+    seconds: float
+    output: Path
+    command: str
+    trim: bool
+
+
+@dataclass
+class Outcome:
+    """What a run left: its rows, the files, and what its end means to a shell."""
+
+    csv: Path
+    rows: list[Row] = field(default_factory=list)
+    plots: list[Path] = field(default_factory=list)
+    exit_code: int = EXIT_OK
+
+
+def all_contenders(only: Sequence[str] = ()) -> list[Contender]:
+    """Every contender, or the named ones. Raises ValueError for a name that is none."""
+    known = {contender.name: contender for contender in (*implementations(), *baselines())}
+    for name in only:
+        if name not in known:
+            raise ValueError(f"only: expected some of {', '.join(known)}, got {name!r}")
+    chosen = [contender for name, contender in known.items() if not only or name in only]
+    # naive is host-bound: last in each round, it delays nobody.
+    return sorted(chosen, key=lambda contender: contender.name == "naive")
+
+
+def make_lab(options: Options) -> Lab:
+    """Open the device: timer, clocks, provenance, ceilings."""
+    if options.device.type == "cuda":
+        torch.cuda.set_device(options.device)
+    timer = CudaEvents() if options.device.type == "cuda" else WallClock()
+    watch = GpuWatch(options.device)
+    environment = read_environment(options.device, watch, options.command)
+    ceilings = measure_ceilings(options.device, options.cases[0].torch_dtype, timer)
+    return Lab(options.device, timer, watch, environment, ceilings, options.seconds)
+
+
+def run(options: Options, console: Console, progress: Console) -> Outcome:
+    """Run the bench. Tables and paths go to `console`, the progress bar and troubles to `progress`.
+
+    The exit code of the outcome: 0, 1 when an NHA implementation was wrong, 70 when the device was lost, 74 when a file
+    could not be written, 130 after Ctrl-C. What was measured until then is in the CSV in every case.
+    """
+    results = ResultFile(options.output / CSV_NAME)
+    outcome = Outcome(results.path)
+    try:
+        with torch.no_grad():
+            _measure(options, results, outcome, progress)
+    except KeyboardInterrupt:
+        outcome.exit_code = EXIT_INTERRUPTED
+        progress.print("Interrupted: the cases that were finished are kept.")
+    except DeviceLost as error:
+        outcome.exit_code = EXIT_DEVICE
+        progress.print(f"The device stopped answering: {error}. The cases that were finished are kept.")
+    except OSError as error:
+        outcome.exit_code = EXIT_DISK
+        progress.print(
+            f"Could not write {results.path.name}: {error.strerror or error}. The file is as it was before this case."
+        )
+    if outcome.exit_code == EXIT_OK and any(row.family == "nha" and row.status == "incorrect" for row in outcome.rows):
+        outcome.exit_code = EXIT_WRONG
+    _show(results, outcome, console, progress)
+    return outcome
+
+
+def _measure(options: Options, results: ResultFile, outcome: Outcome, progress: Console) -> None:
+    lab = make_lab(options)
+    cases = list(options.cases)
+    trim = options.trim and options.device.type == "cpu"
+    if trim:
+        cases = affordable(cases, lab.ceilings, options.seconds)
+        if len(cases) < len(options.cases):
+            progress.print(
+                f"{len(cases)} of {len(options.cases)} cases end in a few minutes on this CPU; "
+                "--workload and --seq-len name others.",
+                soft_wrap=True,
+            )
+    # The bar moves with the expected seconds, so that the time left means something.
+    weights = [estimated_seconds(case, lab.ceilings, options.seconds) for case in cases]
+    began = time.monotonic()
+    with _bar(progress) as bar:
+        task = bar.add_task("", total=sum(weights))
+        for number, (case, weight) in enumerate(zip(cases, weights, strict=True), start=1):
+            if trim and time.monotonic() - began > CPU_SECONDS:  # slower than estimated: others use it too
+                progress.print(
+                    f"Out of time: {case} and what follows is left out; --workload names it.", soft_wrap=True
+                )
+                break
+
+            def say(step: str, head: str = f"{number}/{len(cases)} {case}") -> None:
+                bar.update(task, description=f"{head}: {step}")
+
+            try:
+                rows = measure_case(lab, case, options.contenders, say)
+            except DeviceLost as lost:
+                rows = lost.rows
+                outcome.rows.extend(rows)
+                results.put(rows)
+                raise
+            outcome.rows.extend(rows)
+            results.put(rows)
+            bar.update(task, advance=weight)
+            if not progress.is_terminal:  # no bar in a log: a line for each case
+                progress.print(f"{number}/{len(cases)} {case}: {sum(row.timed for row in rows)} timed", highlight=False)
+
+
+def _bar(console: Console) -> Progress:
+    columns = (BarColumn(bar_width=24), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    return Progress(*columns, TextColumn("{task.description}"), console=console, transient=True)
+
+
+def _show(results: ResultFile, outcome: Outcome, console: Console, progress: Console) -> None:
+    """Tables of this run; plots of everything the file holds about its workloads."""
+    print_tables(outcome.rows, console)
+    names = {row.workload for row in outcome.rows}
+    try:
+        outcome.plots = draw_all([row for row in results.rows if row.workload in names], results.path.parent)
+    except OSError as error:
+        outcome.exit_code = outcome.exit_code or EXIT_DISK
+        progress.print(f"Could not write the plots: {error.strerror or error}.")
+    if results.path.exists():
+        console.print(f"Results: {results.path}", soft_wrap=True)
+    for plot in outcome.plots:
+        console.print(f"Plot:    {plot}", soft_wrap=True)

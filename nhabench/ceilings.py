@@ -1,0 +1,32 @@
+"""What the device reaches at best, measured once for each run: copying, and a large matrix product."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+
+from nhabench.floors import Ceilings
+from nhabench.timing import Timer, summarise
+
+TURNS = {"cuda": 40, "cpu": 7}
+
+
+def measure_ceilings(device: torch.device, dtype: torch.dtype, timer: Timer) -> Ceilings:
+    """Copy rate in TB/s and matrix product rate in TFLOP/s in this dtype. About a second on a GPU, less on a CPU."""
+    gpu = device.type == "cuda"
+    size = 8192 if gpu else 1024
+    elements = 2**29 if gpu else 2**25  # of one byte: far beyond any cache, and beside much else in the memory
+    source = torch.randint(0, 100, (elements,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    a, b = (torch.randn(size, size, device=device, dtype=dtype) for _ in range(2))  # on zeros a GPU is faster
+    product = torch.empty_like(a)
+    turns = TURNS[device.type]
+    matmul_ms = _median_ms(lambda: torch.mm(a, b, out=product), timer, turns)
+    copy_ms = _median_ms(lambda: target.copy_(source), timer, turns)
+    return Ceilings(2 * elements / copy_ms * 1e-9, 2 * size**3 / matmul_ms * 1e-9)
+
+
+def _median_ms(call: Callable[[], object], timer: Timer, turns: int) -> float:
+    samples = [timer.round([call])[0] for _ in range(turns)]
+    return summarise(samples[turns // 2 :]).median_ms  # the first half brings the clocks up

@@ -1,0 +1,111 @@
+"""The least an operation must do, by its definition alone: bytes through device memory, floating point operations.
+
+Sizes: B batch, T length, HQ query heads, H kv heads, D head size, M slots, W window, e bytes of an element. Every
+input is read once and every output written once; keys, values and gates exist once for each kv head, whatever an
+implementation may repeat. A multiply-add counts as two operations; exponentials are not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from nhabench.workloads import Case
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """What a device reaches: copy in TB/s (bytes read plus bytes written) and a large matrix product in TFLOP/s."""
+
+    copy_tb_per_s: float
+    matmul_tflop_per_s: float
+
+
+@dataclass(frozen=True)
+class Floor:
+    """The bytes and FLOPs that an operation on a case cannot go below."""
+
+    bytes: int
+    flops: int
+
+    def milliseconds(self, ceilings: Ceilings) -> float:
+        """The time below which the device's ceilings do not let the operation go: the larger of its two terms."""
+        return max(self.bytes / ceilings.copy_tb_per_s, self.flops / ceilings.matmul_tflop_per_s) * 1e-9
+
+
+def _attended(case: Case, window: int) -> int:
+    """Pairs (query, key) of one sequence under a causal window: the sum over t of min(t + 1, window)."""
+    full = min(window, case.seq_len)
+    return full * (full + 1) // 2 + (case.seq_len - full) * window
+
+
+def _floor(case: Case, gates: int, flops: int) -> Floor:
+    """`gates`: elements of gates for each token and kv head, beside q, k, v and o."""
+    w = case.workload
+    elements = 2 * w.q_heads * w.head_dim + w.kv_heads * (2 * w.head_dim + gates)
+    return Floor(case.tokens * elements * case.torch_dtype.itemsize, flops)
+
+
+def _softmax_flops(case: Case, window: int) -> int:
+    # Logits and the weighted sum of values: 2 D operations each for a pair.
+    return case.batch * case.workload.q_heads * _attended(case, window) * 4 * case.workload.head_dim
+
+
+def _slot_flops(case: Case) -> int:
+    # Reading M slots costs a query head 2 D for the logit and 2 D for the value; updating one costs a kv head a decay
+    # and a multiply-add for each of its 2 D numbers.
+    w = case.workload
+    return case.tokens * w.slots * w.head_dim * (4 * w.q_heads + 6 * w.kv_heads)
+
+
+def _state_flops(case: Case, updates: int = 1) -> int:
+    # A D x D state for each kv head, updated with rank-one products, and read by each query head.
+    w = case.workload
+    return case.tokens * 2 * w.head_dim**2 * (w.q_heads + updates * w.kv_heads)
+
+
+def nha_floor(case: Case) -> Floor:
+    """Native hybrid attention, forward: slots and window."""
+    w = case.workload
+    return _floor(case, w.slots, _slot_flops(case) + _softmax_flops(case, w.window))
+
+
+def full_floor(case: Case) -> Floor:
+    """Causal softmax attention."""
+    return _floor(case, 0, _softmax_flops(case, case.seq_len))
+
+
+def window_floor(case: Case) -> Floor:
+    """Causal softmax attention over the last W tokens."""
+    return _floor(case, 0, _softmax_flops(case, case.workload.window))
+
+
+def linear_floor(case: Case) -> Floor:
+    """Linear attention without gates."""
+    return _floor(case, 0, _state_flops(case))
+
+
+def gla_floor(case: Case) -> Floor:
+    """Gated linear attention: a gate for each element of a key, and a decay of each element of the state."""
+    w = case.workload
+    return _floor(case, w.head_dim, _state_flops(case) + case.tokens * w.kv_heads * w.head_dim**2)
+
+
+def simple_gla_floor(case: Case) -> Floor:
+    """Gated linear attention with one gate for each head."""
+    w = case.workload
+    return _floor(case, 1, _state_flops(case) + case.tokens * w.kv_heads * w.head_dim**2)
+
+
+def gsa_floor(case: Case) -> Floor:
+    """Gated slot attention: NHA without a window; the write strengths are a second input beside the gates."""
+    return _floor(case, 2 * case.workload.slots, _slot_flops(case))
+
+
+def delta_rule_floor(case: Case) -> Floor:
+    """The gated delta rule: gate and step size for each head; the state is read before each update, and decays."""
+    w = case.workload
+    return _floor(case, 2, _state_flops(case, updates=2) + case.tokens * w.kv_heads * w.head_dim**2)
+
+
+FloorFunction = Callable[[Case], Floor]

@@ -1,0 +1,90 @@
+"""Random inputs of a case, and how many sets of them it takes to find the caches cold."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+
+from nhabench.workloads import Case
+
+MAX_SETS = 8
+COLD_FACTOR = 4  # the sets together are this many times the L2, so none of a set survives until its next turn
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q [B,T,HQ,D], k and v [B,T,H,D], and the log forget gates g [B,T,H,M] <= 0, all in the case's dtype."""
+
+    case: Case
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+    g: torch.Tensor
+
+    def to(self, dtype: torch.dtype) -> Inputs:
+        """The same values in another dtype (float64 for a reference)."""
+        return Inputs(self.case, *(x.to(dtype) for x in (self.q, self.k, self.v, self.g)))
+
+    def sequence(self, index: int) -> Inputs:
+        """One sequence of the batch, as views."""
+        return Inputs(self.case, *(x[index : index + 1] for x in (self.q, self.k, self.v, self.g)))
+
+    def randn(self, *sizes: int, seed: int = 0) -> torch.Tensor:
+        """Further fp32 inputs [B, T, *sizes] for contenders that need other gates than NHA's."""
+        generator = torch.Generator(self.q.device).manual_seed(1_000_003 + seed)
+        return torch.randn(*self.q.shape[:2], *sizes, generator=generator, device=self.q.device)
+
+
+def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
+    """Inputs of a case from a seed: standard normal q, k, v, and gates that forget over about ten tokens."""
+    w = case.workload
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(heads: int, size: int) -> torch.Tensor:
+        # Drawn in the case's own dtype: an fp32 draw first would need twice the memory at the largest sizes.
+        shape = (case.batch, case.seq_len, heads, size)
+        return torch.randn(shape, generator=generator, device=device, dtype=case.torch_dtype)
+
+    q, k, v = normal(w.q_heads, w.head_dim), normal(w.kv_heads, w.head_dim), normal(w.kv_heads, w.head_dim)
+    return Inputs(case, q, k, v, F.logsigmoid(normal(w.kv_heads, w.slots)).div_(8))
+
+
+def cache_bytes(device: torch.device) -> int:
+    """The size of the device's L2 cache in bytes; 0 where it is not known (CPU)."""
+    if device.type != "cuda":
+        return 0
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)
+
+
+def set_count(case: Case, l2_bytes: int) -> int:
+    """How many input sets to rotate: enough to exceed the L2 COLD_FACTOR times, at most MAX_SETS."""
+    return max(1, min(MAX_SETS, -(-COLD_FACTOR * l2_bytes // case.input_bytes)))
+
+
+def cache_state(case: Case, sets: int, l2_bytes: int) -> str:
+    """'cold' when the rotated sets exceed the L2 as intended, 'warm' when they cannot, 'uncontrolled' on a CPU."""
+    if not l2_bytes:
+        return "uncontrolled"
+    return "cold" if sets * case.input_bytes >= COLD_FACTOR * l2_bytes else "warm"
+
+
+def bytes_needed(case: Case, sets: int = 1) -> int:
+    """A lower estimate of the device memory a case takes: its input sets, the output, and the float64 reference."""
+    return sets * case.input_bytes + case.output_bytes + case.output_bytes // case.torch_dtype.itemsize * 8
+
+
+def free_bytes(device: torch.device) -> int:
+    """Free memory of the device in bytes."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        # What torch's allocator holds without using it is free for us as well.
+        return int(free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device))
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        available = next(line for line in meminfo.read_text().splitlines() if line.startswith("MemAvailable"))
+        return int(available.split()[1]) * 1024
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")  # elsewhere only the total can be asked for

@@ -1,0 +1,315 @@
+"""One case: who takes part, who is right, how fast. Every contender ends as one row, whatever happens to it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+
+from nhabench.check import Verdict, check_against, check_baseline, first_output, is_out_of_memory, release
+from nhabench.contender import Call, Contender, Unsupported
+from nhabench.environment import Environment
+from nhabench.floors import Ceilings
+from nhabench.gpu import ClockSample, GpuWatch, clock_fell, extra_peak_bytes
+from nhabench.inputs import Inputs, bytes_needed, cache_bytes, cache_state, free_bytes, make_inputs, set_count
+from nhabench.reference import Judge, small_inputs
+from nhabench.results import Row
+from nhabench.timing import Timer, Timing, race
+from nhabench.workloads import Case
+
+LONGEST_CALL_S = {"cuda": 1.5, "cpu": 4.0}  # a call that is predicted to take longer is skipped
+
+
+class DeviceLost(Exception):
+    """The device no longer answers: nothing more can be measured in this process. `rows`: those of the case so far."""
+
+    def __init__(self, reason: str, rows: Sequence[Row] = ()) -> None:
+        super().__init__(reason)
+        self.rows = list(rows)
+
+
+@dataclass
+class Lab:
+    """What all cases of a run share: the device, its timer and ceilings, and what was learnt at earlier cases."""
+
+    device: torch.device
+    timer: Timer
+    watch: GpuWatch
+    environment: Environment
+    ceilings: Ceilings
+    seconds: float
+    judges: dict[tuple[object, ...], Judge] = field(default_factory=dict)
+    baseline_verdicts: dict[tuple[object, ...], Verdict | None] = field(default_factory=dict)
+    last: dict[tuple[object, ...], tuple[Case, float]] = field(default_factory=dict)
+
+    def judge(self, case: Case) -> Judge:
+        """The judge of a case's workload and dtype."""
+        key = (case.workload, case.dtype)
+        if key not in self.judges:
+            self.judges[key] = Judge(case.workload, case.dtype, self.device)
+        return self.judges[key]
+
+    def baseline_verdict(self, contender: Contender, case: Case) -> Verdict | None:
+        """A baseline's check at a small size of the case's workload, made once."""
+        key = (contender.name, case.workload, case.dtype)
+        if key not in self.baseline_verdicts:
+            inputs = small_inputs(case.workload, case.dtype, self.device)
+            self.baseline_verdicts[key] = check_baseline(contender, inputs)
+        return self.baseline_verdicts[key]
+
+    def predicted_s(self, contender: Contender, case: Case) -> float | None:
+        """Seconds that one call should take, from the last size of the workload; None where there was none."""
+        known = self.last.get((contender.name, case.workload, case.dtype))
+        if known is None:
+            return None
+        before, seconds = known
+        growth = case.tokens / before.tokens
+        return seconds * growth * (case.seq_len / before.seq_len if contender.quadratic else 1)
+
+
+@dataclass
+class Entry:
+    """A contender on its way to its row. `changes`: the columns known so far."""
+
+    contender: Contender
+    status: str = ""
+    note: str = ""
+    calls: list[Call] = field(default_factory=list)
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def waiting(self) -> bool:
+        """Whether it is still in the race."""
+        return not self.status
+
+    def end(self, status: str, note: str) -> None:
+        """Take it out, with the reason. Its calls go too: they hold its inputs."""
+        self.status, self.note, self.calls = status, note, []
+
+
+def measure_case(lab: Lab, case: Case, contenders: Sequence[Contender], said: Callable[[str], object]) -> list[Row]:
+    """Check and time the contenders at a case; `said` is told what is going on. One row for each, in their order.
+
+    Raises DeviceLost, which holds the rows, when the device stops answering.
+    """
+    entries = [Entry(contender) for contender in contenders]
+    try:
+        _screen(lab, case, entries)
+        if any(entry.waiting for entry in entries):
+            _check_and_time(lab, case, entries, said)
+    except DeviceLost as error:
+        for entry in entries:
+            if entry.waiting:
+                entry.end("failed", f"The device stopped answering: {error}")
+        raise DeviceLost(str(error), [_row(lab, case, entry) for entry in entries]) from error
+    release(lab.device)
+    return [_row(lab, case, entry) for entry in entries]
+
+
+def _screen(lab: Lab, case: Case, entries: Sequence[Entry]) -> None:
+    """Turn away what cannot run or would take too long, before anything is allocated."""
+    needed, free = bytes_needed(case), free_bytes(lab.device)
+    limit = LONGEST_CALL_S[lab.device.type]
+    for entry in entries:
+        missing = entry.contender.missing(lab.device)
+        cannot = None if missing else entry.contender.cannot(case, lab.device)
+        predicted = lab.predicted_s(entry.contender, case)
+        if missing:
+            entry.end("unavailable", missing)
+        elif cannot:
+            entry.end("unsupported", cannot)
+        elif needed > free:
+            gib = 2**30
+            entry.end("skipped", f"The case needs {needed / gib:.1f} GiB; {free / gib:.1f} GiB are free.")
+        elif predicted is not None and predicted > limit:
+            before = lab.last[entry.contender.name, case.workload, case.dtype][0].seq_len
+            entry.end(
+                "skipped",
+                f"One call would take about {predicted:.1f} s (predicted from T={before}); the limit is {limit} s.",
+            )
+
+
+def _check_and_time(lab: Lab, case: Case, entries: Sequence[Entry], said: Callable[[str], object]) -> None:
+    l2 = cache_bytes(lab.device)
+    sets = set_count(case, l2)
+    try:
+        inputs = [make_inputs(case, lab.device, seed) for seed in range(sets)]
+    except Exception as error:
+        for entry in entries:
+            if entry.waiting:
+                _fail(lab, entry, error)
+        return
+    for entry in entries:
+        entry.changes.update(input_sets=sets, cache=cache_state(case, sets, l2))
+    _check_all(lab, case, entries, inputs[0], said)
+    racing = [entry for entry in entries if entry.waiting]
+    for entry in racing:
+        said(f"preparing {entry.contender.label}")
+        _attempt(lab, entry, partial(_prepare, lab, case, entry, inputs))
+    racing = [entry for entry in racing if entry.waiting]
+    if racing:
+        _race(lab, case, racing, said)
+
+
+def _check_all(lab: Lab, case: Case, entries: Sequence[Entry], inputs: Inputs, said: Callable[[str], object]) -> None:
+    """Compare every waiting contender with its reference: NHA at this case, baselines at a small size."""
+    waiting = [entry for entry in entries if entry.waiting]
+    nha = [entry for entry in waiting if entry.contender.family == "nha"]
+    if nha:
+        _check_nha(lab, nha, inputs, said)
+    release(lab.device)
+    for entry in waiting:
+        if entry.contender.family != "nha":
+            said(f"checking {entry.contender.label}")
+            _attempt(lab, entry, partial(_check_baseline, lab, case, entry))
+
+
+def _check_nha(lab: Lab, entries: Sequence[Entry], inputs: Inputs, said: Callable[[str], object]) -> None:
+    said("computing the float64 reference")
+    try:
+        judge = lab.judge(inputs.case)
+        truth, name = judge.reference(inputs)
+    except Exception as error:  # without a reference none of them is timed
+        for entry in entries:
+            _fail(lab, entry, error, "the float64 reference: ")
+        return
+    for entry in entries:
+        said(f"checking {entry.contender.label}")
+
+        def check(entry: Entry = entry) -> None:
+            o, extra = first_output(entry.contender.bind(inputs), inputs.q)
+            _memory(entry, inputs.case, extra)
+            _judge(entry, check_against(o, truth, name, judge.tolerance))
+
+        _attempt(lab, entry, check)
+
+
+def _memory(entry: Entry, case: Case, extra: int | None) -> None:
+    if extra is not None:
+        entry.changes.update(extra_peak_bytes=extra, peak_bytes=extra + case.input_bytes)
+
+
+def _check_baseline(lab: Lab, case: Case, entry: Entry) -> None:
+    verdict = lab.baseline_verdict(entry.contender, case)
+    if verdict is not None:
+        _judge(entry, verdict)
+
+
+def _judge(entry: Entry, verdict: Verdict) -> None:
+    entry.changes.update(
+        error=verdict.distance.total,
+        worst_error=verdict.distance.worst,
+        tolerance=verdict.tolerance.total,
+        worst_tolerance=verdict.tolerance.worst,
+        reference=verdict.reference,
+    )
+    if not verdict.correct:
+        entry.end("incorrect", verdict.sentence)
+
+
+def _prepare(lab: Lab, case: Case, entry: Entry, inputs: Sequence[Inputs]) -> None:
+    """Bind every input set. A baseline, which its check ran at a small size, runs here for the first time at this one:
+    that compiles it, shows whether it fits, and tells its memory."""
+    entry.calls = [entry.contender.bind(one) for one in inputs]
+    if entry.contender.family != "nha":
+        first_output(entry.calls[0], inputs[0].q)
+        if lab.device.type == "cuda":  # a first call may take memory for its compiler's own timing runs
+            _memory(entry, case, extra_peak_bytes(entry.calls[0], lab.device))
+
+
+def _race(lab: Lab, case: Case, racing: Sequence[Entry], said: Callable[[str], object]) -> None:
+    before: list[ClockSample | None] = []
+    said(f"timing {len(racing)} implementations")
+    results = race(
+        [partial(_run_set, entry.calls) for entry in racing],
+        lab.timer,
+        sets=len(racing[0].calls),
+        seconds=lab.seconds,
+        started=lambda: before.append(lab.watch.clocks()),
+    )
+    after = lab.watch.clocks()
+    for entry, result in zip(racing, results, strict=True):
+        if isinstance(result, Timing):
+            lab.last[entry.contender.name, case.workload, case.dtype] = (case, result.median_ms / 1e3)
+            entry.changes.update(dataclasses.asdict(result))
+            entry.changes.update(timer=lab.timer.name, **_clock_columns(before[0], after))
+            entry.end("ok", entry.contender.remark)
+        else:
+            _fail(lab, entry, result)
+
+
+def _run_set(calls: Sequence[Call], turn: int) -> torch.Tensor:
+    return calls[turn]()
+
+
+def _clock_columns(before: ClockSample | None, after: ClockSample | None) -> dict[str, Any]:
+    held_back = [sample.throttle for sample in (before, after) if sample is not None and sample.throttle]
+    return {
+        "sm_clock_before_mhz": None if before is None else before.sm_mhz,
+        "sm_clock_after_mhz": None if after is None else after.sm_mhz,
+        "clock_fell": clock_fell(before, after),
+        "throttle": "; ".join(dict.fromkeys(held_back)),
+    }
+
+
+def _attempt(lab: Lab, entry: Entry, step: Callable[[], object]) -> None:
+    """Run a step of one contender; whatever it raises becomes its row, and the others go on."""
+    try:
+        step()
+    except Exception as error:
+        _fail(lab, entry, error)
+
+
+def _fail(lab: Lab, entry: Entry, error: Exception, where: str = "") -> None:
+    """End a contender with what it raised. Raises DeviceLost when the error took the device with it."""
+    if isinstance(error, Unsupported):
+        entry.end("unsupported", str(error))
+        return
+    text = " ".join(str(error).split()) or type(error).__name__
+    status = "out of memory" if is_out_of_memory(error) else "failed"
+    entry.end(status, f"{where}{type(error).__name__}: {text[:300]}")
+    if lab.device.type == "cuda":
+        try:
+            torch.cuda.synchronize(lab.device)
+        except RuntimeError as lost:  # after an illegal access every further call fails
+            raise DeviceLost(str(lost).splitlines()[0]) from lost
+    release(lab.device)
+
+
+def _row(lab: Lab, case: Case, entry: Entry) -> Row:
+    """The finished row: the case, what happened, and the rates that follow from it."""
+    floor, contender = entry.contender.floor(case), entry.contender
+    columns: dict[str, Any] = {
+        "floor_bytes": floor.bytes,
+        "floor_flops": floor.flops,
+        "floor_ms": floor.milliseconds(lab.ceilings),
+        "copy_tb_per_s": lab.ceilings.copy_tb_per_s,
+        "matmul_tflop_per_s": lab.ceilings.matmul_tflop_per_s,
+        **entry.changes,
+    }
+    if entry.status == "ok":
+        milliseconds = entry.changes["median_ms"]
+        columns["floor_fraction"] = columns["floor_ms"] / milliseconds
+        columns["tb_per_s"] = floor.bytes / milliseconds * 1e-9
+        columns["tflop_per_s"] = floor.flops / milliseconds * 1e-9
+    return Row(
+        **dataclasses.asdict(lab.environment),
+        **_case_columns(case),
+        direction="forward",
+        implementation=contender.name,
+        label=contender.label,
+        family=contender.family,
+        status=entry.status,
+        note=entry.note,
+        **columns,
+    )
+
+
+def _case_columns(case: Case) -> Mapping[str, Any]:
+    shape = dataclasses.asdict(case.workload)
+    del shape["tokens"]
+    return {"workload": shape.pop("name"), **shape, "batch": case.batch, "seq_len": case.seq_len, "dtype": case.dtype}

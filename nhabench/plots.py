@@ -1,0 +1,339 @@
+"""Plots of a CSV, readable in print and without colour vision: latency, speed-up, and how near the floor NHA is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from matplotlib import patheffects, ticker
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from nhabench.crossover import Crossover, fastest_by_length, find_crossover, time_of
+from nhabench.results import Row
+from nhabench.tables import grouped, shape
+
+DPI = 150
+LABEL_POINTS = 8.5
+LABEL_GAP = 1.25  # in heights of a label
+
+# Okabe and Ito's palette: a colour for each family, so that the eye finds NHA against full against linear first; within
+# a family marker and label tell the lines apart. NHA has a colour for each of its implementations.
+_BLACK, _ORANGE, _SKY, _GREEN, _BLUE, _VERMILLION, _PURPLE = (
+    "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a line is drawn."""
+
+    color: str
+    marker: str
+    line: str
+    width: float = 1.4
+
+
+_STYLES = {
+    "triton": Style(_VERMILLION, "o", "-", 2.8),
+    "flash": Style(_ORANGE, "s", "-", 2.2),
+    "chunked": Style(_PURPLE, "^", "-", 2.2),
+    "naive": Style(_BLACK, "x", "-", 2.2),
+    "sdpa-cudnn": Style(_BLUE, "D", "--", 2.0),
+    "sdpa-flash": Style(_BLUE, "v", "--"),
+    "sdpa-efficient": Style(_SKY, "<", "--"),
+    "sdpa-math": Style(_SKY, ">", "--"),
+    "flash-attn-2": Style(_BLUE, "P", "--"),
+    "flash-attn-3": Style(_BLUE, "X", "--", 2.0),
+    "window": Style("#666666", "*", "-."),
+    "linear": Style(_GREEN, "d", ":"),
+    "gla": Style(_GREEN, "h", ":"),
+    "gsa": Style(_GREEN, "p", ":"),
+    "simple-gla": Style(_GREEN, "1", ":"),
+    "gated-delta-rule": Style(_GREEN, "2", ":"),
+}
+_FAMILY_STYLES = {
+    "nha": Style(_VERMILLION, ".", "-", 2.2),
+    "full": Style(_BLUE, ".", "--"),
+    "window": Style("#666666", ".", "-."),
+    "linear": Style(_GREEN, ".", ":"),
+}
+
+
+def _style(row: Row) -> Style:
+    return _STYLES.get(row.implementation, _FAMILY_STYLES[row.family])
+
+
+_HALO = [patheffects.withStroke(linewidth=2.5, foreground="white")]
+
+Lines = dict[str, list[Row]]
+
+
+def _lines(rows: Sequence[Row], families: Sequence[str]) -> Lines:
+    """Timed rows by implementation, each by rising T; at one T the last row of the file stands."""
+    found: dict[str, dict[int, Row]] = {}
+    for row in rows:
+        if row.timed and row.family in families:
+            found.setdefault(row.implementation, {})[row.seq_len] = row
+    return {name: [points[length] for length in sorted(points)] for name, points in found.items()}
+
+
+def _competitive(lines: Lines) -> Lines:
+    """Without naive, where there is another NHA: the one slow point of the definition would squeeze the rest."""
+    others = [line for name, line in lines.items() if name != "naive" and line[0].family == "nha"]
+    return {name: line for name, line in lines.items() if name != "naive" or not others}
+
+
+def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
+    """Draw every workload of the rows into PNG files in the folder; returns their paths.
+
+    forward-<workload>-latency.png, -speedup.png and -floor.png; a workload's second dtype has its name in the file's.
+    Rows without a time are absent; a plot that would have no line is not drawn. Raises OSError.
+    """
+    written: list[Path] = []
+    seen: set[str] = set()
+    for (workload, dtype, _), group in grouped(rows).items():
+        stem = f"forward-{workload}" if workload not in seen else f"forward-{workload}-{dtype}"
+        seen.add(workload)
+        for kind, draw in (("latency", latency), ("speedup", speedup), ("floor", floor)):
+            figure = draw(group)
+            if figure is not None:
+                written.append(_save(figure, folder / f"{stem}-{kind}.png"))
+    return written
+
+
+def _save(figure: Figure, path: Path) -> Path:
+    """Write whole or not at all, as the CSV."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    beside = path.with_name(path.name + ".part")
+    try:
+        figure.savefig(beside, dpi=DPI, format="png")
+        beside.replace(path)
+    finally:
+        beside.unlink(missing_ok=True)
+    return path
+
+
+def _figure(panels: int, right: float) -> tuple[Figure, list[Axes]]:
+    # Not through pyplot: it would keep every figure, and could look for a display.
+    figure = Figure(figsize=(9.6 if panels == 1 else 12.8, 5.6 if panels == 1 else 4.4))
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(1, panels, index + 1) for index in range(panels)]
+    top = 0.86 if panels == 1 else 0.80
+    figure.subplots_adjust(left=0.085 if panels == 1 else 0.055, right=right, top=top, bottom=0.13, wspace=0.24)
+    return figure, axes
+
+
+def _headline(figure: Figure, finding: str, subject: str, row: Row) -> None:
+    """The finding first, then what was measured where."""
+    left = figure.subplotpars.left
+    figure.text(left, 0.975, finding, fontsize=13, fontweight="bold", va="top")
+    where = f"{subject} on {row.device}: {row.workload} ({shape(row)}, {row.dtype})"
+    figure.text(left, 0.925 if len(figure.axes) == 1 else 0.905, where, fontsize=9.5, va="top", color="#333333")
+
+
+def _length_axis(axis: Axes, rows: Sequence[Row]) -> None:
+    lengths = sorted({row.seq_len for row in rows})
+    axis.set_xscale("log", base=2)
+    axis.xaxis.set_major_locator(ticker.FixedLocator(lengths))
+    axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
+    axis.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.12)
+    # Where B > 1 all lengths have (about) the same tokens; B = 1 says nothing of how many were held.
+    held = max((row.batch * row.seq_len for row in rows if row.batch > 1), default=0)
+    axis.set_xlabel(
+        f"sequence length T  (batch so that B·T = {held}, at least 1)" if held else "sequence length T  (B = 1)"
+    )
+    axis.grid(True, which="major", color="#dddddd", linewidth=0.7)
+    axis.set_axisbelow(True)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+
+
+def _log_axis(axis: Axes) -> None:
+    """Log scale of what is drawn already; over few decades with more than the powers of ten named."""
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
+    axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+    axis.yaxis.set_minor_formatter(ticker.NullFormatter())
+
+
+def _draw_line(axis: Axes, rows: Sequence[Row], value: Callable[[Row], float]) -> None:
+    style = _style(rows[0])
+    x, y = [row.seq_len for row in rows], [value(row) for row in rows]
+    axis.plot(
+        x, y, color=style.color, marker=style.marker, linestyle=style.line, linewidth=style.width, markersize=5.5,
+        zorder=4 if rows[0].family == "nha" else 3,
+    )  # fmt: skip
+
+
+def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
+    """Positions as near as can be to the wanted (rising) ones, at least `gap` apart, in low..high where they fit."""
+    # Runs of positions that would touch are pooled, and each run is centred on what its members wanted.
+    runs: list[list[float]] = []  # of wanted positions, less the gaps below them
+    for index, position in enumerate(wanted):
+        runs.append([position - index * gap])
+        while len(runs) > 1 and sum(runs[-1]) / len(runs[-1]) < sum(runs[-2]) / len(runs[-2]):
+            runs[-2:] = [runs[-2] + runs[-1]]
+    placed = [sum(run) / len(run) for run in runs for _ in run]
+    highest = high - (len(wanted) - 1) * gap
+    return [max(low, min(position, highest)) + index * gap for index, position in enumerate(placed)]
+
+
+@dataclass(frozen=True)
+class End:
+    """Where a line ends, and its name."""
+
+    x: float
+    y: float
+    text: str
+    color: str
+    bold: bool = False
+
+
+def _ends(lines: Lines, value: Callable[[Row], float]) -> list[End]:
+    lasts = [rows[-1] for rows in lines.values()]
+    return [
+        End(row.seq_len, value(row), row.label.removesuffix(" (plain PyTorch)"), _style(row).color, row.family == "nha")
+        for row in lasts
+    ]
+
+
+def _label_ends(axis: Axes, ends: Sequence[End]) -> None:
+    """Name each line at its end; lines that end at the same length share a column in which no two names overlap."""
+    last = max(end.x for end in ends)
+    pixels_per_point = axis.figure.dpi / 72
+    gap = LABEL_POINTS * LABEL_GAP * pixels_per_point
+    bottom, top = (float(axis.transAxes.transform((0, y))[1]) for y in (0, 1))
+    for x in {end.x for end in ends}:
+        column = sorted((end for end in ends if end.x == x), key=lambda end: end.y)
+        wanted = [float(axis.transData.transform((x, end.y))[1]) for end in column]
+        for end, point, height in zip(column, wanted, spread(wanted, gap, bottom, top), strict=True):
+            _label(axis, end, 24.0 if x == last else 8.0, (height - point) / pixels_per_point)
+
+
+def _label(axis: Axes, end: End, right: float, up: float) -> None:
+    axis.annotate(
+        end.text, xy=(end.x, end.y), xytext=(right, up), textcoords="offset points", va="center",
+        fontsize=LABEL_POINTS, fontweight="bold" if end.bold else "normal", color=end.color, annotation_clip=False,
+        arrowprops={"arrowstyle": "-", "color": end.color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4,
+                    "relpos": (0.0, 0.5)},
+        path_effects=_HALO, zorder=6,
+    )  # fmt: skip
+
+
+def latency(rows: Sequence[Row]) -> Figure | None:
+    """Milliseconds against T on log axes, the median's interval shaded, the crossover with full attention marked."""
+    lines = _lines(rows, ("nha", "full", "window", "linear"))
+    if not lines:
+        return None
+    figure, (axis,) = _figure(1, right=0.76)
+    timed = [row for line in lines.values() for row in line]
+    _length_axis(axis, timed)
+    for line in lines.values():
+        low, high = [row.low_ms or time_of(row) for row in line], [row.high_ms or time_of(row) for row in line]
+        axis.fill_between(
+            [row.seq_len for row in line], low, high, color=_style(line[0]).color, alpha=0.25, linewidth=0
+        )
+        _draw_line(axis, line, time_of)
+    _log_axis(axis)
+    axis.set_ylabel("median time of a forward call, ms")
+    crossover = find_crossover(rows)
+    if crossover is not None and crossover.at is not None:
+        _mark_crossover(axis, crossover, rows)
+    finding = crossover.sentence if crossover else "Forward latency"
+    _headline(figure, finding, "Forward latency, 95 % interval shaded,", timed[0])
+    _label_ends(axis, _ends(lines, time_of))
+    return figure
+
+
+def _mark_crossover(axis: Axes, crossover: Crossover, rows: Sequence[Row]) -> None:
+    """A ring where the fastest NHA and the fastest full attention cross, and from where on NHA is faster."""
+    at = crossover.at or 0.0
+    lengths = sorted(fastest_by_length(rows, "nha"))
+    nha, full = fastest_by_length(rows, "nha"), fastest_by_length(rows, "full")
+    after = crossover.seq_len or lengths[-1]
+    before = max(length for length in lengths if length < after and length in full)
+    part = math.log(at / before) / math.log(after / before)
+    height = math.exp((1 - part) * math.log(time_of(nha[before])) + part * math.log(time_of(nha[after])))
+    axis.axvline(at, color=_BLACK, linestyle=(0, (1, 2)), linewidth=1.0, zorder=2)
+    axis.plot([at], [height], marker="o", markersize=13, markerfacecolor="none", markeredgecolor=_BLACK, zorder=7)
+    axis.annotate(
+        f"NHA faster from T={after} on →",
+        xy=(at, 1.0), xycoords=("data", "axes fraction"), xytext=(4, -4), textcoords="offset points",
+        va="top", fontsize=9, fontweight="bold", zorder=7,
+        path_effects=_HALO,
+    )  # fmt: skip
+
+
+def speedup(rows: Sequence[Row]) -> Figure | None:
+    """How many times faster than the fastest full attention at the same T, for NHA, window and linear attention."""
+    full = fastest_by_length(rows, "full")
+    lines = _competitive(_lines([row for row in rows if row.seq_len in full], ("nha", "window", "linear")))
+    if not lines:
+        return None
+
+    def gain(row: Row) -> float:
+        return time_of(full[row.seq_len]) / time_of(row)
+
+    figure, (axis,) = _figure(1, right=0.76)
+    timed = [row for line in lines.values() for row in line]
+    _length_axis(axis, timed)
+    for line in lines.values():
+        _draw_line(axis, line, gain)
+    axis.axhline(1.0, color=_BLUE, linestyle="--", linewidth=2.0, zorder=2)
+    _log_axis(axis)
+    axis.set_ylabel("times faster than the fastest full attention")
+    _headline(figure, _speedup_finding(rows, gain), "Forward speed-up over full attention", timed[0])
+    names = " / ".join(dict.fromkeys(row.label.removeprefix("full: ") for row in full.values()))
+    _label_ends(axis, [*_ends(lines, gain), End(timed[-1].seq_len, 1.0, f"fastest full ({names})", _BLUE)])
+    return figure
+
+
+def _speedup_finding(rows: Sequence[Row], gain: Callable[[Row], float]) -> str:
+    crossover = find_crossover(rows)
+    if crossover is None:
+        return "Speed-up over full attention"
+    nha, full = fastest_by_length(rows, "nha"), fastest_by_length(rows, "full")
+    best = max((row for length, row in nha.items() if length in full), key=gain)
+    word = "faster than" if gain(best) >= 1 else "the speed of"
+    return f"{best.label}: up to {gain(best):.2g}x {word} full attention (T={best.seq_len})"
+
+
+def floor(rows: Sequence[Row]) -> Figure | None:
+    """NHA against what the device can do: TB/s, TFLOP/s, and the fraction of the floor, by T."""
+    lines = _competitive(_lines(rows, ("nha",)))
+    if not lines:
+        return None
+    figure, axes = _figure(3, right=0.88)
+    timed = [row for line in lines.values() for row in line]
+    first = timed[-1]
+    panels: tuple[tuple[str, Callable[[Row], float], float | None, str], ...] = (
+        ("TB/s: bytes of the floor / time", lambda row: row.tb_per_s or 0.0, first.copy_tb_per_s, "copy"),
+        ("TFLOP/s: FLOPs of the floor / time", lambda row: row.tflop_per_s or 0.0, first.matmul_tflop_per_s, "matmul"),
+        ("speed, in per cent of the floor's", lambda row: 100 * (row.floor_fraction or 0.0), 100.0, "floor"),
+    )
+    for axis, (name, value, ceiling, ceiling_name) in zip(axes, panels, strict=True):
+        _length_axis(axis, timed)
+        axis.set_xlabel("sequence length T")
+        axis.tick_params(axis="x", labelsize=7.5)
+        axis.set_title(name, fontsize=10, loc="left")
+        for line in lines.values():
+            _draw_line(axis, line, value)
+        if ceiling is not None:
+            axis.axhline(ceiling, color=_BLACK, linestyle="--", linewidth=1.2)
+            text = f"{ceiling_name}: {ceiling:.3g}" if ceiling_name != "floor" else "the floor"
+            axis.annotate(text, xy=(0.02, ceiling), xycoords=("axes fraction", "data"), xytext=(0, -3),
+                          textcoords="offset points", va="top", fontsize=LABEL_POINTS)  # fmt: skip
+        _log_axis(axis)
+    best = max(timed, key=lambda row: row.floor_fraction or 0.0)
+    finding = (
+        f"{best.label} runs at {100 * (best.floor_fraction or 0.0):.2g} % of what the floor allows (T={best.seq_len})"
+    )
+    _headline(figure, finding, "Achieved rates of the forward pass", first)
+    _label_ends(axes[-1], _ends(lines, panels[-1][1]))
+    return figure

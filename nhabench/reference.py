@@ -1,0 +1,91 @@
+"""The judge: float64 references of NHA, the distance of an output from them, and how much distance is allowed.
+
+Two distances, both relative (||o - r|| / ||r||): over the whole output, and the worst of all blocks of 64 tokens, which
+one wrong row cannot hide in. What is allowed is derived, never guessed: twice the distance that the definition itself
+(naive) has when it is computed in the case's dtype, plus what another order of the fp32 sums may cost.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nhabench.implementations import NAIVE_LENGTH, attend
+from nhabench.inputs import Inputs, make_inputs
+from nhabench.workloads import Case, Workload
+
+BLOCK = 64  # tokens
+SMALL_LENGTH = 256  # where naive judges: past the window and past the memory of the random gates
+
+
+@dataclass(frozen=True)
+class Distance:
+    """Relative distance of an output from its reference: of the whole, and of its worst block of BLOCK tokens."""
+
+    total: float
+    worst: float
+
+    def within(self, allowed: Distance) -> bool:
+        """Whether both parts are within `allowed`; NaN never is."""
+        return self.total <= allowed.total and self.worst <= allowed.worst
+
+
+def distance(o: torch.Tensor, reference: torch.Tensor) -> Distance:
+    """How far o [B,T,HQ,D] is from its float64 reference. Computed in slices of T: no float64 copy of o is made."""
+    if o.shape != reference.shape:
+        raise ValueError(f"o: expected shape {tuple(reference.shape)}, got {tuple(o.shape)}")
+    wrong, norm = [], []
+    for part, truth in zip(o.split(BLOCK, dim=1), reference.split(BLOCK, dim=1), strict=True):
+        wrong.append((part.double() - truth).square().sum(dim=(1, 2, 3)))
+        norm.append(truth.square().sum(dim=(1, 2, 3)))
+    wrong_sq, norm_sq = torch.stack(wrong), torch.stack(norm)  # [blocks, B]
+    worst = (wrong_sq / norm_sq).max() if not wrong_sq.isnan().any() else wrong_sq.new_tensor(torch.nan)
+    return Distance(float((wrong_sq.sum() / norm_sq.sum()).sqrt()), float(worst.sqrt()))
+
+
+def slack(workload: Workload) -> float:
+    """What the order of the sums may cost: n * eps(fp32) bounds the error of a sum of n terms, here of the longest,
+    a logit over D and a softmax over M + W. All implementations sum in fp32, whatever the dtype."""
+    terms = workload.head_dim + workload.slots + workload.window
+    return terms * torch.finfo(torch.float32).eps
+
+
+def allowed(measured: Distance, workload: Workload) -> Distance:
+    """Twice the distance that the plain definition has in the same precision, plus the slack of the sums."""
+    extra = slack(workload)
+    return Distance(2 * measured.total + extra, 2 * measured.worst + extra)
+
+
+def small_inputs(workload: Workload, dtype: str, device: torch.device) -> Inputs:
+    """Inputs of one short sequence of a workload, long enough to fill its window, short enough for naive."""
+    length = min(max(SMALL_LENGTH, 2 * workload.window), NAIVE_LENGTH)
+    return make_inputs(Case(workload, 1, length, dtype), device, seed=7)
+
+
+class Judge:
+    """References and tolerances of one workload in one dtype on one device. Made once, at a small size."""
+
+    def __init__(self, workload: Workload, dtype: str, device: torch.device) -> None:
+        inputs = small_inputs(workload, dtype, device)
+        exact = inputs.to(torch.float64)
+        truth = attend(exact, "naive")
+        self.tolerance = allowed(distance(attend(inputs, "naive"), truth), workload)
+        # chunked in float64 stands in for naive at large T: held to float64's own rounding of the same sums.
+        terms = slack(workload) / torch.finfo(torch.float32).eps
+        self.chunked_error = distance(attend(exact, "chunked"), truth).worst
+        self.chunked_is_exact = self.chunked_error <= 2 * terms * torch.finfo(torch.float64).eps
+
+    def reference(self, inputs: Inputs) -> tuple[torch.Tensor, str]:
+        """(o in float64, the name of what computed it). Raises ArithmeticError when chunked cannot be trusted."""
+        if inputs.case.tokens <= NAIVE_LENGTH:
+            return attend(inputs.to(torch.float64), "naive"), "naive float64"
+        if not self.chunked_is_exact:
+            raise ArithmeticError(
+                f"chunked in float64 is {self.chunked_error:.1e} away from naive in float64 at a small size, "
+                "so it cannot be the reference"
+            )
+        o = torch.empty(inputs.q.shape, dtype=torch.float64, device=inputs.q.device)
+        for index in range(inputs.case.batch):  # one sequence at a time bounds the float64 intermediates
+            o[index] = attend(inputs.sequence(index).to(torch.float64), "chunked")[0]
+        return o, "chunked float64"

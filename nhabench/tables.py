@@ -1,0 +1,93 @@
+"""The run as tables for a terminal: one for each workload, a contender in each row, a length in each column."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from nhabench.results import Row
+
+FAMILIES = ("nha", "full", "window", "linear")  # the order of tables
+_SHORT = {"incorrect": "WRONG", "out of memory": "OOM", "failed": "failed"}
+
+
+def grouped(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
+    """Rows by (workload, dtype, device), in the order of their first rows."""
+    groups: dict[tuple[str, str, str], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row.workload, row.dtype, row.device), []).append(row)
+    return groups
+
+
+def shape(row: Row) -> str:
+    """The workload's sizes in words."""
+    return f"{row.q_heads}/{row.kv_heads} heads, D={row.head_dim}, M={row.slots}, W={row.window}"
+
+
+def milliseconds(value: float) -> str:
+    """Three digits or more, no exponent."""
+    return f"{value:.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
+
+
+def print_tables(rows: Sequence[Row], console: Console) -> None:
+    """Print a table for each workload of the rows, and beneath them what did not run and why."""
+    for group in grouped(rows).values():
+        first = group[0]
+        title = f"\n{first.workload} ({shape(first)}, {first.dtype}) on {first.device}: forward, ms"
+        console.print(title, style="bold", highlight=False, markup=False)
+        console.print(_table(group))
+    _print_reasons(rows, console)
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    table = Table(caption="* fastest of its family at this length", caption_justify="left")
+    table.add_column("B x T", no_wrap=True)
+    columns = sorted({(row.seq_len, row.batch) for row in rows})
+    for seq_len, batch in columns:
+        table.add_column(f"{batch} x {seq_len}", justify="right")
+    cells = {(row.implementation, row.seq_len, row.batch): row for row in rows}
+    shown = {row.implementation: row for row in rows if row.timed or row.status in _SHORT}
+    for name, row in sorted(shown.items(), key=lambda item: FAMILIES.index(item[1].family)):
+        table.add_row(row.label, *(_cell(cells.get((name, *column)), rows) for column in columns))
+    return table
+
+
+def _cell(row: Row | None, rows: Sequence[Row]) -> str:
+    if row is None:
+        return ""
+    if not row.timed:
+        return _SHORT.get(row.status, "-")
+    text = milliseconds(row.median_ms or 0.0)
+    return f"[bold]*{text}[/bold]" if row is fastest(rows, row) else text
+
+
+def fastest(rows: Sequence[Row], like: Row) -> Row:
+    """The fastest timed row of the family, length and batch of `like`."""
+    peers = [
+        row
+        for row in rows
+        if row.timed and (row.family, row.seq_len, row.batch) == (like.family, like.seq_len, like.batch)
+    ]
+    return min(peers, key=lambda row: row.median_ms or 0.0)
+
+
+def _print_reasons(rows: Sequence[Row], console: Console) -> None:
+    """What did not run, each reason once: for whom, and where it was not so everywhere."""
+    everywhere = {(row.workload, row.seq_len) for row in rows}
+    reasons: dict[tuple[str, str], dict[str, set[tuple[str, int]]]] = {}
+    for row in rows:
+        if not row.timed:
+            places = reasons.setdefault((row.status, row.note), {}).setdefault(row.label, set())
+            places.add((row.workload, row.seq_len))
+    for (status, note), labels in reasons.items():
+        who = [label + ("" if places == everywhere else f" ({_where(places)})") for label, places in labels.items()]
+        console.print(f"{', '.join(who)}: {status}. {note}", highlight=False, markup=False, soft_wrap=True)
+
+
+def _where(places: set[tuple[str, int]]) -> str:
+    """'T=1024, 2048' of one workload, or of as many as there are."""
+    lengths = ", ".join(str(length) for length in sorted({length for _, length in places}))
+    names = sorted({name for name, _ in places})
+    return f"T={lengths}, {names[0] if len(names) == 1 else f'{len(names)} workloads'}"

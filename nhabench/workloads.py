@@ -1,0 +1,154 @@
+"""What is measured: the attention shapes of models (workloads) at one batch, length and dtype (cases)."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import torch
+
+SEQ_LENS: tuple[int, ...] = tuple(2**n for n in range(9, 18))  # 512 .. 131072
+DTYPES: tuple[str, ...] = ("bfloat16", "float16", "float32")
+
+
+@dataclass(frozen=True)
+class Workload:
+    """The attention layer of a model.
+
+    q_heads (HQ), kv_heads (H, divides HQ) and head_dim (D, for keys and values alike) are the model's; slots (M >= 1)
+    and window (W >= 0, in tokens, the token itself counted) are NHA's; tokens is B*T, held while T grows.
+    Raises ValueError that names the field, what was expected and what came.
+    """
+
+    name: str
+    q_heads: int
+    kv_heads: int
+    head_dim: int
+    slots: int = 64
+    window: int = 64
+    tokens: int = 16384
+
+    def __post_init__(self) -> None:
+        if not self.name or any(c not in "abcdefghijklmnopqrstuvwxyz0123456789.-_" for c in self.name):
+            raise ValueError(f"name: expected lower-case letters, digits and '.-_', got {self.name!r}")
+        for field in dataclasses.fields(self)[1:]:
+            value, least = getattr(self, field.name), 0 if field.name == "window" else 1
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"workload {self.name!r}: {field.name}: expected an integer >= {least}, got {value!r}")
+        if self.q_heads % self.kv_heads:
+            raise ValueError(
+                f"workload {self.name!r}: kv_heads: expected a divisor of q_heads={self.q_heads}, got {self.kv_heads}"
+            )
+
+    def changed(self, window: int | None = None, slots: int | None = None, tokens: int | None = None) -> Workload:
+        """This workload with some sizes replaced. The name tells which, so that a name always means one shape."""
+        name, sizes = self.name, dataclasses.asdict(self)
+        for field, letter, value in (("window", "w", window), ("slots", "m", slots), ("tokens", "n", tokens)):
+            if value is not None and value != sizes[field]:
+                name, sizes[field] = f"{name}-{letter}{value}", value
+        return Workload(**{**sizes, "name": name})
+
+    def case(self, seq_len: int, dtype: str) -> Case:
+        """The case of this workload at one length: as many sequences as the tokens allow, at least one."""
+        return Case(self, max(1, self.tokens // seq_len), seq_len, dtype)
+
+
+@dataclass(frozen=True)
+class Case:
+    """A workload at batch B, length T and dtype: one column of a table, one x of a plot."""
+
+    workload: Workload
+    batch: int
+    seq_len: int
+    dtype: str
+
+    def __post_init__(self) -> None:
+        for name, value in (("batch", self.batch), ("seq_len", self.seq_len)):
+            if value < 1:
+                raise ValueError(f"{name}: expected an integer >= 1, got {value}")
+        if self.dtype not in DTYPES:
+            raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """The dtype as torch names it."""
+        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[self.dtype]
+
+    @property
+    def tokens(self) -> int:
+        """B*T."""
+        return self.batch * self.seq_len
+
+    @property
+    def input_bytes(self) -> int:
+        """Bytes of q [B,T,HQ,D], k and v [B,T,H,D] and g [B,T,H,M]."""
+        w = self.workload
+        per_token = w.q_heads * w.head_dim + w.kv_heads * (2 * w.head_dim + w.slots)
+        return self.tokens * per_token * self.torch_dtype.itemsize
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes of o [B,T,HQ,D]."""
+        return self.tokens * self.workload.q_heads * self.workload.head_dim * self.torch_dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.workload.name} {self.batch} x {self.seq_len} {self.dtype}"
+
+
+def parse_workloads(text: str, source: str) -> dict[str, Workload]:
+    """Workloads of a TOML document, one table each, in its order.
+
+    Raises ValueError that names the source, the workload, the field, what was expected and what came.
+    """
+    try:
+        tables = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise ValueError(f"{source}: expected TOML, got: {error}") from error
+    return {name: _from_table(name, table, source) for name, table in tables.items()}
+
+
+def _from_table(name: str, table: object, source: str) -> Workload:
+    known = [field.name for field in dataclasses.fields(Workload)][1:]
+    if not isinstance(table, Mapping):
+        raise ValueError(f"{source}: {name}: expected a table [{name}], got {table!r}")
+    for field in table:
+        if field not in known:
+            raise ValueError(f"{source}: workload {name!r}: {field}: expected one of {', '.join(known)}, got {field!r}")
+    for field in ("q_heads", "kv_heads", "head_dim"):
+        if field not in table:
+            raise ValueError(f"{source}: workload {name!r}: {field}: expected an integer >= 1, got nothing")
+    try:
+        return Workload(name, **table)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from error
+
+
+def load_workloads(extra: Path | None = None) -> dict[str, Workload]:
+    """The packaged table, with the workloads of the file `extra` added (or replaced, where the name is known)."""
+    packaged = resources.files("nhabench").joinpath("workloads.toml").read_text(encoding="utf-8")
+    workloads = parse_workloads(packaged, "workloads.toml")
+    if extra is not None:
+        try:
+            text = extra.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"workloads file: expected a readable TOML file, got {extra.name}: {error}") from error
+        workloads.update(parse_workloads(text, extra.name))
+    return workloads
+
+
+def select(workloads: Mapping[str, Workload], names: Sequence[str]) -> list[Workload]:
+    """The named workloads in the asked order, or all. Raises ValueError for a name that is not in the table."""
+    for name in names:
+        if name not in workloads:
+            raise ValueError(f"workload: expected one of {', '.join(workloads)}, got {name!r}")
+    return [workloads[name] for name in dict.fromkeys(names)] if names else list(workloads.values())
+
+
+def cases(workloads: Iterable[Workload], seq_lens: Iterable[int], dtype: str) -> list[Case]:
+    """Every workload at every length, short ones first: a length is predicted from the one before it."""
+    lengths = sorted(set(seq_lens))
+    return [workload.case(seq_len, dtype) for workload in workloads for seq_len in lengths]

@@ -1,0 +1,64 @@
+"""Every variant of the fused kernels that may be launched compiles for every architecture, within its shared memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from nha_kernels.fused.forward import ForwardConfig, describe, launchable_problems
+from nha_kernels.problem import Problem
+
+from .compiling import meta_inputs, name
+
+# Shared memory that a block may have: CUDA C++ programming guide, technical specifications per compute capability.
+SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+@pytest.mark.parametrize("capability", SHARED_MEMORY)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_every_variant_compiles(dtype: str, capability: int) -> None:
+    environment = {key: x for key, x in os.environ.items() if key != "TRITON_INTERPRET"}
+    program = Path(__file__).parent / "compiling.py"
+    done = subprocess.run(
+        [sys.executable, str(program), dtype, str(capability)], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-4000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    expected = {name(problem) for problem in launchable_problems() if str(problem.dtype) == f"torch.{dtype}"}
+    assert {row["problem"] for row in rows if row["kernel"] == "output_kernel"} == expected
+    assert {row["kernel"] for row in rows} == {"segment_kernel", "scan_kernel", "output_kernel"}
+    for row in rows:
+        assert row["target"] == f"sm_{capability}"
+        assert row["cubin"] > 0
+        assert row["shared"] <= SHARED_MEMORY[capability], row
+
+
+def variant(problem: Problem) -> tuple[object, ...]:
+    """What decides an output kernel's registers and shared memory."""
+    config = ForwardConfig.default(problem)
+    launches, _ = describe(problem, meta_inputs(problem), config)
+    output = launches[-1].arguments
+    sizes = (output[key] for key in ("BR", "J", "BN", "BM", "BD", "BDV", "EXACT"))
+    return problem.dtype, config.states.chunk, config.output.warps, *sizes
+
+
+def test_every_default_is_among_them() -> None:
+    """Whatever `ForwardConfig.default` chooses, over a wide range of problems, is a variant that is compiled above."""
+    problems = list(launchable_problems())
+    compiled = {variant(problem) for problem in problems}
+    for dtype in (torch.float16, torch.bfloat16, torch.float32):
+        for head_dim in (64, 128, 256):
+            for group in (1, 2, 3, 4, 5, 7, 8, 16, 20, 32):
+                for delay in (0, 1, 16, 32, 40, 64):
+                    problem = dataclasses.replace(
+                        problems[0], dtype=dtype, head_dim=head_dim, value_dim=head_dim, q_heads=group, delay=delay
+                    )
+                    assert variant(problem) in compiled, problem

@@ -1,0 +1,308 @@
+"""Whole runs on tiny shapes: what is kept, what a row says and which exit code follows, whatever happens."""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from nhabench import bench as module
+from nhabench import measure, reference
+from nhabench.bench import Options, Outcome, all_contenders, run
+from nhabench.contender import Contender, Unsupported
+from nhabench.environment import read_environment
+from nhabench.floors import Ceilings
+from nhabench.gpu import GpuWatch
+from nhabench.implementations import attend
+from nhabench.inputs import Inputs
+from nhabench.measure import Lab
+from nhabench.results import Row, load_rows
+from nhabench.timing import WallClock
+from nhabench.workloads import Case, Workload, cases
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "SMALL_LENGTH", 32)
+    monkeypatch.setattr(module, "measure_ceilings", lambda device, dtype, timer: Ceilings(0.02, 0.2))
+
+
+class Bench:
+    """Runs contenders on the tiny workload into a folder."""
+
+    def __init__(self, workload: Workload, folder: Path) -> None:
+        self.workload, self.folder, self.said = workload, folder, io.StringIO()
+        self.tables = io.StringIO()
+
+    def __call__(self, contenders: Sequence[Contender], lengths: Sequence[int] = (16, 32), **changes: Any) -> Outcome:
+        options: dict[str, Any] = {
+            "cases": cases([self.workload], lengths, "float32"),
+            "contenders": contenders,
+            "device": CPU,
+            "seconds": 0.02,
+            "output": self.folder,
+            "command": "python -m nhabench bench",
+            "trim": False,
+        }
+        return run(Options(**{**options, **changes}), Console(file=self.tables, width=200), Console(file=self.said))
+
+    @property
+    def rows(self) -> dict[tuple[str, int], Row]:
+        return {(row.implementation, row.seq_len): row for row in load_rows(self.folder / "forward.csv")}
+
+
+@pytest.fixture
+def bench(tiny: Workload, tmp_path: Path) -> Bench:
+    return Bench(tiny, tmp_path)
+
+
+def test_a_run_leaves_rows_plots_and_a_table(bench: Bench) -> None:
+    outcome = bench(
+        [c for c in all_contenders() if c.name in ("chunked", "naive", "sdpa-flash", "linear", "sdpa-cudnn")]
+    )
+    assert outcome.exit_code == 0
+    assert {path.name for path in outcome.plots} == {
+        f"forward-tiny-{kind}.png" for kind in ("latency", "speedup", "floor")
+    }
+    assert all(path.stat().st_size > 5000 for path in outcome.plots)
+    row = bench.rows["chunked", 32]
+    assert (row.status, row.timer, row.cache, row.reference) == ("ok", "wall clock", "uncontrolled", "naive float64")
+    assert row.median_ms is not None
+    assert row.samples is not None
+    assert row.samples >= 5
+    assert row.low_ms <= row.median_ms <= row.high_ms  # type: ignore[operator]
+    assert 0 < row.error < row.tolerance  # type: ignore[operator]
+    assert row.floor_fraction == pytest.approx(row.floor_ms / row.median_ms)  # type: ignore[operator]
+    assert row.tb_per_s == pytest.approx(row.floor_bytes / row.median_ms * 1e-9)  # type: ignore[operator]
+    assert (row.copy_tb_per_s, row.matmul_tflop_per_s) == (0.02, 0.2)
+    assert bench.rows["sdpa-cudnn", 16].status == "unavailable"
+    assert bench.rows["linear", 16].reference == "its definition in float64 at T=32"
+    assert "NHA chunked" in bench.tables.getvalue()
+    assert "full: cuDNN: unavailable" in bench.tables.getvalue()
+
+
+def test_a_wrong_implementation_gets_its_error_no_time_and_exit_code_1(bench: Bench, contenders: Any) -> None:
+    calls: list[int] = []
+
+    def wrong(inputs: Inputs) -> torch.Tensor:
+        calls.append(inputs.case.seq_len)
+        return attend(inputs, "chunked") * 1.01
+
+    outcome = bench([contenders.nha("right"), contenders.nha("wrong", wrong)], lengths=[16])
+    assert outcome.exit_code == 1
+    row = bench.rows["wrong", 16]
+    assert (row.status, row.median_ms, row.samples, row.tb_per_s) == ("incorrect", None, None, None)
+    assert row.error == pytest.approx(0.01, rel=1e-3)
+    assert "Relative error 1.00e-02" in row.note
+    assert calls == [16]  # checked once, never timed
+    assert bench.rows["right", 16].status == "ok"
+    assert "WRONG" in bench.tables.getvalue()
+
+
+def test_an_output_with_holes_is_incorrect(bench: Bench, contenders: Any) -> None:
+    def holes(inputs: Inputs) -> torch.Tensor:
+        o = attend(inputs, "chunked")
+        o[0, 3] = torch.nan
+        return o
+
+    assert bench([contenders.nha("holes", holes)], lengths=[16]).exit_code == 1
+    assert "holds NaN" in bench.rows["holes", 16].note
+
+
+def test_out_of_memory_at_one_size_costs_that_size(bench: Bench, contenders: Any) -> None:
+    def big(inputs: Inputs) -> torch.Tensor:
+        if inputs.case.seq_len == 32:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9 GiB")
+        return attend(inputs, "chunked")
+
+    outcome = bench([contenders.nha("big", big), contenders.nha("small")], lengths=[16, 32, 64])
+    assert outcome.exit_code == 0
+    assert [bench.rows["big", length].status for length in (16, 32, 64)] == ["ok", "out of memory", "ok"]
+    assert "9 GiB" in bench.rows["big", 32].note
+    assert bench.rows["small", 32].status == "ok"
+    assert "OOM" in bench.tables.getvalue()
+
+
+def test_memory_that_runs_out_while_timing_is_told_as_well(bench: Bench, contenders: Any) -> None:
+    calls = iter(range(100))
+
+    def later(inputs: Inputs) -> torch.Tensor:
+        if next(calls) == 2:
+            raise MemoryError
+        return attend(inputs, "chunked")
+
+    bench([contenders.nha("later", later), contenders.nha("other")], lengths=[16])
+    assert (bench.rows["later", 16].status, bench.rows["later", 16].median_ms) == ("out of memory", None)
+    assert bench.rows["other", 16].status == "ok"
+
+
+def test_a_reference_without_memory_leaves_nha_untimed_and_times_the_rest(
+    bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(self: object, inputs: Inputs) -> tuple[torch.Tensor, str]:
+        raise torch.OutOfMemoryError("too much")
+
+    monkeypatch.setattr(measure.Judge, "reference", no_memory)
+    bench([contenders.nha("mine"), contenders.full("theirs", lambda inputs: inputs.q)], lengths=[16])
+    row = bench.rows["mine", 16]
+    assert (row.status, row.median_ms) == ("out of memory", None)
+    assert row.note.startswith("the float64 reference: ")
+    assert bench.rows["theirs", 16].status == "ok"
+
+
+def test_unsupported_is_a_row_and_no_failure(bench: Bench, contenders: Any) -> None:
+    def cannot(inputs: Inputs) -> torch.Tensor:
+        raise Unsupported("Head sizes of 16 are not served.")
+
+    outcome = bench([contenders.nha("picky", cannot), contenders.nha("fine")], lengths=[16])
+    assert outcome.exit_code == 0
+    assert (bench.rows["picky", 16].status, bench.rows["picky", 16].note) == (
+        "unsupported",
+        "Head sizes of 16 are not served.",
+    )
+
+
+def test_any_other_error_is_a_row_that_tells_it(bench: Bench, contenders: Any) -> None:
+    def broken(inputs: Inputs) -> torch.Tensor:
+        raise TypeError("a kernel\nwas given nonsense")
+
+    assert bench([contenders.full("broken", broken), contenders.nha("fine")], lengths=[16]).exit_code == 0
+    row = bench.rows["broken", 16]
+    assert (row.status, row.note) == ("failed", "TypeError: a kernel was given nonsense")
+
+
+def test_ctrl_c_keeps_the_finished_cases_draws_them_and_exits_130(bench: Bench, contenders: Any) -> None:
+    def interrupted(inputs: Inputs) -> torch.Tensor:
+        if inputs.case.seq_len == 64:
+            raise KeyboardInterrupt
+        return inputs.q
+
+    outcome = bench([contenders.nha("mine"), contenders.full("theirs", interrupted)], lengths=[16, 32, 64, 128])
+    assert outcome.exit_code == 130
+    assert sorted(bench.rows) == [("mine", 16), ("mine", 32), ("theirs", 16), ("theirs", 32)]
+    assert all(row.status == "ok" for row in bench.rows.values())
+    assert len(outcome.plots) == 3
+    assert "Interrupted" in bench.said.getvalue()
+
+
+def test_a_full_disk_is_told_exits_74_and_leaves_the_old_file(
+    bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench([contenders.nha("mine")], lengths=[16])
+    before = (bench.folder / "forward.csv").read_bytes()
+
+    def full_disk(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full_disk)
+    outcome = bench([contenders.nha("mine")], lengths=[32])
+    assert outcome.exit_code == 74
+    assert (bench.folder / "forward.csv").read_bytes() == before
+    assert "No space left on device" in bench.said.getvalue()
+    assert not list(bench.folder.glob("*.part"))
+
+
+def test_plots_that_cannot_be_written_exit_74_and_keep_the_rows(
+    bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full_disk(*_: object) -> list[Path]:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, "draw_all", full_disk)
+    assert bench([contenders.nha("mine")], lengths=[16]).exit_code == 74
+    assert bench.rows["mine", 16].status == "ok"
+
+
+def test_a_second_run_keeps_what_it_does_not_measure(bench: Bench, contenders: Any) -> None:
+    bench([contenders.nha("a"), contenders.nha("b")], lengths=[16, 32])
+    before = bench.rows
+    bench([contenders.nha("b")], lengths=[32])
+    after = bench.rows
+    assert sorted(after) == sorted(before)
+    assert after["a", 32] == before["a", 32]
+    assert after["b", 32].median_ms != before["b", 32].median_ms
+
+
+def test_a_call_that_would_take_too_long_is_skipped_with_its_prediction(bench: Bench, contenders: Any) -> None:
+    def slow(inputs: Inputs) -> torch.Tensor:
+        assert inputs.case.seq_len <= 32
+        time.sleep(0.01)
+        return inputs.q
+
+    bench([contenders.full("slow", slow)], lengths=[16, 32, 1024])
+    assert [bench.rows["slow", length].status for length in (16, 32, 1024)] == ["ok", "ok", "skipped"]
+    assert "predicted from T=32" in bench.rows["slow", 1024].note  # 32 * 32 times 0.01 s
+
+
+def test_predictions_grow_with_the_tokens_and_for_full_attention_with_the_length(
+    tiny: Workload, contenders: Any
+) -> None:
+    lab = Lab(CPU, WallClock(), GpuWatch(CPU), read_environment(CPU, GpuWatch(CPU), ""), Ceilings(1, 1), 0.1)
+    linear, full = contenders.nha("linear"), contenders.full("full", lambda inputs: inputs.q)
+    before, after = Case(tiny, 4, 512, "float32"), Case(tiny, 1, 4096, "float32")
+    assert lab.predicted_s(full, after) is None
+    for contender in (linear, full):
+        lab.last[contender.name, tiny, "float32"] = (before, 0.5)
+    assert lab.predicted_s(linear, after) == 1.0  # twice the tokens
+    assert lab.predicted_s(full, after) == 8.0  # each of which sees eight times as many
+
+
+def test_a_case_that_does_not_fit_is_a_row_that_says_so(
+    bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(measure, "free_bytes", lambda device: 2**20)
+    bench([contenders.nha("mine")], lengths=[16, 1 << 16])
+    assert bench.rows["mine", 16].status == "ok"
+    row = bench.rows["mine", 1 << 16]
+    assert row.status == "skipped"
+    assert "0.0 GiB are free" in row.note
+
+
+def test_a_lost_device_ends_the_run_with_its_rows(
+    bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lose(lab: object, entry: Any, error: Exception, where: str = "") -> None:
+        entry.end("failed", str(error))
+        raise measure.DeviceLost("illegal memory access")
+
+    monkeypatch.setattr(measure, "_fail", lose)
+
+    def kills(inputs: Inputs) -> torch.Tensor:
+        raise RuntimeError("bad kernel")
+
+    outcome = bench([contenders.nha("kills", kills), contenders.nha("next")], lengths=[16, 32])
+    assert outcome.exit_code == 70
+    assert sorted(bench.rows) == [("kills", 16), ("next", 16)]
+    assert bench.rows["next", 16].note == "The device stopped answering: illegal memory access"
+
+
+def test_a_cpu_that_is_slower_than_estimated_leaves_cases_out(
+    bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = iter(range(0, 10_000, 100))
+    monkeypatch.setattr(module.time, "monotonic", lambda: next(now))
+    outcome = bench([contenders.nha("mine")], lengths=[16, 32, 64], trim=True)
+    assert {row.seq_len for row in outcome.rows} == {16}
+    assert "Out of time: tiny 1 x 32" in bench.said.getvalue()
+
+
+def test_naive_is_last_and_unknown_names_are_named() -> None:
+    assert all_contenders()[-1].name == "naive"
+    assert [contender.name for contender in all_contenders(["naive", "linear"])] == ["linear", "naive"]
+    with pytest.raises(ValueError, match=r"only: expected some of .*sdpa-flash.*got 'sdpa'"):
+        all_contenders(["sdpa"])
+
+
+def test_every_contender_has_a_name_of_its_own(row: Callable[..., Row]) -> None:
+    names = [contender.name for contender in all_contenders()]
+    assert len(names) == len(set(names))
+    assert {contender.family for contender in all_contenders()} == {"nha", "full", "window", "linear"}

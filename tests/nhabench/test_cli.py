@@ -1,0 +1,114 @@
+"""The command line, as a user types it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nhabench.cli import _device, _dtype, app
+from nhabench.results import Row, load_rows, to_csv
+
+RUNNER = CliRunner()
+
+
+@pytest.fixture
+def shapes(tmp_path: Path) -> Path:
+    path = tmp_path / "shapes.toml"
+    path.write_text("[small]\nq_heads = 2\nkv_heads = 1\nhead_dim = 16\nslots = 8\nwindow = 8\n")
+    return path
+
+
+def test_a_tiny_bench_from_end_to_end(shapes: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    arguments = ["bench", "--workload", "small", "--workloads-file", str(shapes), "--seq-len", "32", "--seq-len", "64"]
+    ran = ("naive", "chunked", "sdpa-flash", "sdpa-math", "window", "linear")
+    for name in (*ran, "sdpa-cudnn"):
+        arguments += ["--only", name]
+    done = RUNNER.invoke(app, [*arguments, "--device", "cpu", "--seconds-per-case", "0.02", "--output", str(out)])
+    assert done.exit_code == 0, done.output
+    rows = load_rows(out / "forward.csv")
+    assert {row.implementation for row in rows if row.timed} == set(ran)
+    assert {row.status for row in rows if row.implementation == "sdpa-cudnn"} == {"unavailable"}
+    assert {(row.workload, row.batch, row.dtype) for row in rows} == {("small", 1, "float32")}
+    assert rows[0].command.startswith(
+        "python -m nhabench bench --workload small --workloads-file shapes.toml --seq-len 32 --seq-len 64 --only naive "
+    )
+    assert rows[0].command.endswith("--only sdpa-cudnn --device cpu --output out --seconds-per-case 0.02")
+    assert str(tmp_path) not in (out / "forward.csv").read_text()
+    assert (out / "forward-small-latency.png").exists()
+    assert "NHA chunked" in done.stdout
+    assert "forward.csv" in done.stdout
+
+
+def test_json_is_all_that_is_printed(shapes: Path, tmp_path: Path) -> None:
+    arguments = ["bench", "--workload", "small", "--workloads-file", str(shapes), "--seq-len", "16", "--device", "cpu"]
+    more = ["--only", "chunked", "--only", "linear", "--window", "4", "--slots", "2", "--tokens", "32"]
+    done = RUNNER.invoke(
+        app, [*arguments, *more, "--seconds-per-case", "0.01", "--output", str(tmp_path / "o"), "--json"]
+    )
+    assert done.exit_code == 0, done.output
+    told = json.loads(done.stdout)
+    assert told["exit_code"] == 0
+    assert [row["implementation"] for row in told["rows"]] == ["chunked", "linear"]
+    assert {(row["workload"], row["window"], row["slots"], row["batch"]) for row in told["rows"]} == {
+        ("small-w4-m2-n32", 4, 2, 2)
+    }
+    assert Path(told["csv"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--workload", "gpt"], ["--workload", "llama-3-8b", "'gpt'"]),
+        (["--only", "fast"], ["--only", "chunked", "'fast'"]),
+        (["--dtype", "int8"], ["--dtype", "bfloat16", "'int8'"]),
+        (["--device", "tpu9"], ["--device", "'tpu9'"]),
+        (["--device", "cuda:99"], ["--device", "'cuda:99'", "CUDA device"]),
+        (["--workloads-file", "absent.toml"], ["--workloads-file", "absent.toml"]),
+        (["--seq-len", "512", "--seq-len", "0"], ["--seq-len", ">= 1", "got 0"]),
+        (["--window", "-1"], ["--window", ">= 0", "got -1"]),
+        (["--seconds-per-case", "-0.5"], ["--seconds-per-case", ">= 0", "got -0.5"]),
+    ],
+)
+def test_bad_arguments_name_the_flag_and_what_came(arguments: list[str], words: list[str]) -> None:
+    done = RUNNER.invoke(app, ["bench", *arguments], env={"COLUMNS": "300"})
+    assert done.exit_code == 2
+    for word in words:
+        assert word in done.stderr
+
+
+def test_a_foreign_csv_is_not_overwritten(shapes: Path, tmp_path: Path) -> None:
+    (tmp_path / "forward.csv").write_text("a,b\n1,2\n")
+    done = RUNNER.invoke(app, ["bench", "--seq-len", "16", "--device", "cpu", "--output", str(tmp_path)])
+    assert done.exit_code == 2
+    assert (tmp_path / "forward.csv").read_text() == "a,b\n1,2\n"
+
+
+def test_plot_draws_a_csv_again(tmp_path: Path, row: Callable[..., Row]) -> None:
+    csv = tmp_path / "forward.csv"
+    csv.write_text(to_csv([row()]))
+    done = RUNNER.invoke(app, ["plot", str(csv), "--output", str(tmp_path / "again")])
+    assert done.exit_code == 0, done.output
+    assert (tmp_path / "again" / "forward-tiny-latency.png").exists()
+    csv.write_text("nonsense")
+    assert RUNNER.invoke(app, ["plot", str(csv)]).exit_code == 2
+
+
+def test_workloads_prints_the_table_with_a_files_additions(shapes: Path) -> None:
+    done = RUNNER.invoke(app, ["workloads", "--workloads-file", str(shapes)])
+    assert done.exit_code == 0
+    assert "llama-3-8b" in done.stdout
+    assert "small" in done.stdout
+
+
+def test_a_gpu_is_taken_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert [_device(name) for name in (None, "cuda", "cuda:1")] == [torch.device("cuda", n) for n in (0, 0, 1)]
+    assert [_dtype(None, torch.device(kind)) for kind in ("cuda", "cpu")] == ["bfloat16", "float32"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    assert _device(None) == torch.device("cpu")

@@ -1,0 +1,65 @@
+"""Floors against numbers worked out by hand and against counting."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nhabench import floors
+from nhabench.floors import Ceilings, Floor
+from nhabench.plan import CPU_SECONDS, affordable, estimated_seconds
+from nhabench.workloads import Case, Workload, cases, load_workloads
+
+
+def test_nha_moves_21504_bytes_a_token_at_the_llama_shape() -> None:
+    case = load_workloads()["llama-3-8b"].case(16384, "bfloat16")
+    assert floors.nha_floor(case).bytes == 21_504 * 16384
+    assert case.input_bytes + case.output_bytes == 21_504 * 16384
+
+
+def test_a_million_llama_tokens_take_five_milliseconds_at_4_3_tb_per_s() -> None:
+    case = Case(load_workloads()["llama-3-8b"], 1, 1_000_000, "bfloat16")
+    assert floors.nha_floor(case).milliseconds(Ceilings(4.3, 790)) == pytest.approx(5.0, rel=0.01)
+
+
+@given(length=st.integers(1, 40), window=st.integers(0, 50), heads=st.sampled_from([(2, 1), (6, 2)]))
+def test_softmax_flops_count_the_visible_pairs(length: int, window: int, heads: tuple[int, int]) -> None:
+    workload = Workload("w", *heads, head_dim=8, window=window)
+    case = Case(workload, 3, length, "float32")
+    pairs = sum(1 for t in range(length) for j in range(length) if t - window < j <= t)
+    assert floors.window_floor(case).flops == 3 * heads[0] * pairs * 4 * 8
+    everything = length * (length + 1) // 2
+    assert floors.full_floor(case).flops == 3 * heads[0] * everything * 4 * 8
+
+
+def test_slots_add_their_reads_and_updates() -> None:
+    case = Case(Workload("w", 4, 2, 16, slots=8, window=0), 1, 10, "float32")
+    # A token: 4 heads read 8 slots (2*16 for logit and value each); 2 heads update 2*8*16 numbers, 3 FLOPs each.
+    assert floors.nha_floor(case).flops == 10 * (4 * 8 * 64 + 2 * 2 * 8 * 16 * 3)
+    assert floors.gsa_floor(case).flops == floors.nha_floor(case).flops
+
+
+def test_gates_are_all_that_the_linear_floors_differ_in_bytes() -> None:
+    case = Case(Workload("w", 4, 2, 16, slots=8), 1, 10, "float32")
+    plain = floors.linear_floor(case).bytes
+    assert plain == 10 * (2 * 4 * 16 + 2 * 2 * 16) * 4
+    per_gate = 10 * 2 * 4
+    assert floors.gla_floor(case).bytes == plain + 16 * per_gate
+    assert floors.simple_gla_floor(case).bytes == plain + per_gate
+    assert floors.delta_rule_floor(case).bytes == plain + 2 * per_gate
+    assert floors.gsa_floor(case).bytes == plain + 16 * per_gate
+
+
+def test_the_larger_term_is_the_floor() -> None:
+    assert Floor(bytes=2 * 10**9, flops=1).milliseconds(Ceilings(1.0, 1.0)) == pytest.approx(2.0)
+    assert Floor(bytes=1, flops=3 * 10**9).milliseconds(Ceilings(1.0, 1.0)) == pytest.approx(3.0)
+
+
+def test_a_slow_machine_affords_fewer_cases_but_always_one() -> None:
+    table = [w.changed(tokens=1) for w in load_workloads().values()]
+    every = cases(table, (512, 1024, 2048, 4096, 8192), "float32")
+    fast, slow = Ceilings(0.02, 0.3), Ceilings(0.002, 0.01)
+    chosen = affordable(every, fast, 2.0)
+    assert sum(estimated_seconds(case, fast, 2.0) for case in chosen) <= CPU_SECONDS
+    assert {case.workload.name for case in chosen} >= {"llama-3-8b-n1", "nha-340m-n1"}
+    assert len(affordable(every, slow, 2.0)) < len(chosen)
+    assert affordable(every[4:5], slow, 2.0) == every[4:5]

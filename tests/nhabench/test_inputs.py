@@ -1,0 +1,58 @@
+"""Random inputs: what they are, and how many sets it takes."""
+
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from nhabench.inputs import COLD_FACTOR, MAX_SETS, bytes_needed, cache_state, free_bytes, make_inputs, set_count
+from nhabench.workloads import Case, Workload
+
+CPU = torch.device("cpu")
+
+
+def test_shapes_dtype_and_gates(tiny: Workload) -> None:
+    inputs = make_inputs(Case(tiny, 2, 12, "bfloat16"), CPU)
+    assert inputs.q.shape == (2, 12, 4, 16)
+    assert inputs.k.shape == inputs.v.shape == (2, 12, 2, 16)
+    assert inputs.g.shape == (2, 12, 2, 8)
+    assert {x.dtype for x in (inputs.q, inputs.k, inputs.v, inputs.g)} == {torch.bfloat16}
+    assert bool((inputs.g <= 0).all())
+    assert -0.2 < inputs.g.float().mean() < -0.05
+
+
+def test_a_seed_is_the_same_inputs_and_another_seed_is_not(tiny: Workload) -> None:
+    case = Case(tiny, 1, 8, "float32")
+    first, again, other = (make_inputs(case, CPU, seed) for seed in (1, 1, 2))
+    assert torch.equal(first.q, again.q)
+    assert not torch.equal(first.q, other.q)
+    assert not torch.equal(first.k, first.v)
+
+
+def test_the_case_knows_its_bytes(tiny: Workload) -> None:
+    case = Case(tiny, 2, 12, "float32")
+    inputs = make_inputs(case, CPU)
+    assert case.input_bytes == sum(x.nbytes for x in (inputs.q, inputs.k, inputs.v, inputs.g))
+    assert case.output_bytes == inputs.q.nbytes
+    assert bytes_needed(case, sets=2) - bytes_needed(case) == case.input_bytes
+
+
+@given(length=st.integers(1, 10**6), l2=st.integers(0, 10**8))
+def test_sets_are_cold_unless_that_takes_too_many(length: int, l2: int) -> None:
+    case = Case(Workload("w", 4, 2, 16), 1, length, "float32")
+    sets = set_count(case, l2)
+    assert 1 <= sets <= MAX_SETS
+    if sets < MAX_SETS:
+        assert sets * case.input_bytes >= COLD_FACTOR * l2
+    if sets > 1:
+        assert (sets - 1) * case.input_bytes < COLD_FACTOR * l2
+
+
+def test_the_cache_is_named_as_it_is(tiny: Workload) -> None:
+    case = Case(tiny, 1, 8, "float32")
+    assert cache_state(case, 1, 0) == "uncontrolled"
+    assert cache_state(case, 1, case.input_bytes) == "warm"
+    assert cache_state(case, COLD_FACTOR, case.input_bytes) == "cold"
+
+
+def test_free_memory_is_more_than_a_page_and_less_than_an_exabyte() -> None:
+    assert 4096 < free_bytes(CPU) < 2**60

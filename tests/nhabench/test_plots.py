@@ -1,0 +1,160 @@
+"""Crossovers, tables and plots from rows."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Annotation, Text
+from rich.console import Console
+
+from nhabench.bench import all_contenders
+from nhabench.crossover import find_crossover
+from nhabench.plots import draw_all, latency, speedup, spread
+from nhabench.results import Row
+from nhabench.tables import milliseconds, print_tables
+
+RowMaker = Callable[..., Row]
+
+
+def race(row: RowMaker, nha: dict[int, float], full: dict[int, float]) -> list[Row]:
+    return [row(seq_len=length, median_ms=ms) for length, ms in nha.items()] + [
+        row(seq_len=length, median_ms=ms, implementation="sdpa-cudnn", label="full: cuDNN", family="full")
+        for length, ms in full.items()
+    ]
+
+
+def test_the_crossover_is_where_nha_stays_faster(row: RowMaker) -> None:
+    rows = race(row, {512: 1.0, 1024: 1.0, 2048: 1.0, 4096: 1.0}, {512: 2.0, 1024: 0.5, 2048: 0.5, 4096: 2.0})
+    found = find_crossover(rows)
+    assert found is not None
+    assert (found.seq_len, found.full.label) == (4096, "full: cuDNN")
+    assert found.at == pytest.approx(2048 * 2**0.5)  # ratios 1/2 and 2: half way on log axes
+    assert found.sentence == "NHA chunked is faster than full attention (cuDNN) from T=4096"
+
+
+def test_no_crossing_is_told_in_words(row: RowMaker) -> None:
+    never = find_crossover(race(row, {512: 3.0, 1024: 3.0}, {512: 1.0, 1024: 2.0, 2048: 9.0}))
+    assert never is not None
+    assert (never.seq_len, never.at) == (None, None)
+    assert never.sentence == "NHA chunked is 1.5x slower than full attention (cuDNN) at T=1024"
+    always = find_crossover(race(row, {512: 1.0, 1024: 1.0}, {512: 2.0, 1024: 3.0}))
+    assert always is not None
+    assert (always.seq_len, always.at) == (512, None)
+    assert always.sentence.endswith("at every length measured")
+    assert find_crossover(race(row, {512: 1.0}, {1024: 1.0})) is None
+
+
+def test_only_timed_rows_count_and_the_fastest_of_each_kind(row: RowMaker) -> None:
+    rows = race(row, {512: 4.0}, {512: 3.0})
+    rows.append(row(median_ms=1.0, status="incorrect"))
+    rows.append(row(median_ms=2.0, implementation="triton", label="NHA triton"))
+    found = find_crossover(rows)
+    assert found is not None
+    assert found.nha.implementation == "triton"
+
+
+@given(st.lists(st.floats(0, 500), min_size=1, max_size=14), st.floats(5, 30))
+def test_labels_never_overlap_and_keep_their_order(wanted: list[float], gap: float) -> None:
+    wanted = sorted(wanted)
+    placed = spread(wanted, gap, 0, 500)
+    assert all(after - before >= gap - 1e-6 for before, after in pairwise(placed))
+    if len(wanted) * gap < 500:
+        assert placed[0] >= -1e-6
+        assert placed[-1] <= 500 + 1e-6
+
+
+def test_labels_with_room_stay_where_they_are() -> None:
+    assert spread([10, 50, 90], 12, 0, 100) == [10, 50, 90]
+    assert spread([50, 50], 10, 0, 100) == [45, 55]
+
+
+@pytest.fixture
+def crowd(row: RowMaker) -> list[Row]:
+    """Every contender at three lengths, many of them at nearly the same time."""
+    return [
+        row(
+            seq_len=length, median_ms=1 + index / 50 + length / 4096, low_ms=1.0, high_ms=2.0,
+            implementation=contender.name, label=contender.label, family=contender.family,
+        )
+        for index, contender in enumerate(all_contenders())
+        for length in (512, 1024, 2048)
+    ]  # fmt: skip
+
+
+def labels(figure: Figure) -> list[Annotation]:
+    (axis,) = figure.axes
+    assert isinstance(axis, Axes)
+    return [text for text in axis.texts if isinstance(text, Annotation) and text.arrow_patch is not None]
+
+
+def test_every_line_is_named_beside_its_end_inside_the_figure_without_overlap(crowd: list[Row]) -> None:
+    for figure, count in ((latency(crowd), 16), (speedup(crowd), 10)):
+        assert figure is not None
+        figure.canvas.draw()
+        boxes = [Text.get_window_extent(text) for text in labels(figure)]  # without the leader
+        assert len(boxes) == count
+        assert all(box.x1 <= figure.bbox.x1 for box in boxes)
+        assert not any(a.overlaps(b) for index, a in enumerate(boxes) for b in boxes[index + 1 :])
+
+
+def test_the_headline_is_the_finding_and_the_title_says_what_was_measured(row: RowMaker) -> None:
+    figure = latency(race(row, {512: 1.0, 1024: 1.0}, {512: 0.5, 1024: 2.0}))
+    assert figure is not None
+    finding, subject = (text.get_text() for text in figure.texts)
+    assert finding == "NHA chunked is faster than full attention (cuDNN) from T=1024"
+    for part in ("Some CPU", "tiny", "4/2 heads, D=16, M=8, W=8", "float32"):
+        assert part in subject
+    assert "NHA faster from T=1024 on →" in [text.get_text() for text in figure.axes[0].texts]
+
+
+def test_plots_of_one_point_and_of_no_rival_are_drawn(row: RowMaker, tmp_path: Path) -> None:
+    names = [path.name for path in draw_all([row()], tmp_path)]
+    assert names == ["forward-tiny-latency.png", "forward-tiny-floor.png"]
+
+
+def test_rows_without_a_time_draw_nothing(row: RowMaker, tmp_path: Path) -> None:
+    assert draw_all([row(status="failed", median_ms=None)], tmp_path) == []
+    assert draw_all([], tmp_path) == []
+
+
+def test_a_second_dtype_has_its_own_files(row: RowMaker, tmp_path: Path) -> None:
+    names = {path.name for path in draw_all([row(), row(dtype="float16")], tmp_path)}
+    assert {"forward-tiny-latency.png", "forward-tiny-float16-latency.png"} <= names
+
+
+def test_the_table_marks_the_fastest_of_each_family_and_says_why_the_rest_is_missing(row: RowMaker) -> None:
+    rows = race(row, {512: 3.0, 1024: 4.0}, {512: 9.0, 1024: 10.5})
+    rows.append(row(median_ms=2.0, implementation="triton", label="NHA triton"))
+    rows.append(
+        row(
+            seq_len=1024, status="incorrect", median_ms=None, note="Wrong.", implementation="triton", label="NHA triton"
+        )
+    )
+    rows += [
+        row(seq_len=length, status="unavailable", note="No [GPU].", implementation="x", label="x")
+        for length in (512, 1024)
+    ]
+    text = io.StringIO()
+    print_tables(rows, Console(file=text, width=120))
+    lines = text.getvalue().splitlines()
+
+    def cells(label: str) -> list[str]:
+        return next(line for line in lines if line.startswith(f"│ {label}")).replace("│", " ").split()[-2:]
+
+    assert cells("NHA chunked") == ["3.00", "*4.00"]
+    assert cells("NHA triton") == ["*2.00", "WRONG"]
+    assert cells("full: cuDNN") == ["*9.00", "*10.5"]
+    assert "x: unavailable. No [GPU]." in lines
+    assert "NHA triton (T=1024, tiny): incorrect. Wrong." in lines
+
+
+def test_milliseconds_keep_three_digits() -> None:
+    assert [milliseconds(value) for value in (0.0123, 1.234, 12.34, 1234.5)] == ["0.012", "1.23", "12.3", "1234"]

@@ -1,0 +1,85 @@
+"""The judge: distances, tolerances that follow from the definition, references that are checked themselves."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from nhabench import reference
+from nhabench.implementations import attend
+from nhabench.inputs import Inputs, make_inputs
+from nhabench.reference import BLOCK, Distance, Judge, allowed, distance, slack
+from nhabench.workloads import Case, Workload
+
+CPU = torch.device("cpu")
+
+
+def test_distance_of_a_known_error() -> None:
+    truth = torch.ones(2, 3 * BLOCK, 2, 4, dtype=torch.float64)
+    o = truth.clone()
+    o[1, :BLOCK] += 0.5  # one of six blocks
+    measured = distance(o, truth)
+    assert measured.worst == pytest.approx(0.5)
+    assert measured.total == pytest.approx(0.5 / 6**0.5)
+    assert distance(truth, truth) == Distance(0.0, 0.0)
+
+
+def test_one_wrong_row_of_a_long_output_is_seen() -> None:
+    truth = torch.randn(1, 256 * BLOCK, 1, 8, dtype=torch.float64)
+    o = truth.clone()
+    o[0, 5000] = 0
+    measured = distance(o, truth)
+    assert measured.total < 0.02
+    assert measured.worst > 0.05
+
+
+def test_nan_and_a_wrong_shape_are_never_right() -> None:
+    truth = torch.ones(1, 100, 2, 4, dtype=torch.float64)
+    o = truth.clone()
+    o[0, 99, 1, 3] = torch.nan
+    assert not distance(o, truth).within(Distance(torch.inf, torch.inf))
+    with pytest.raises(ValueError, match=r"o: expected shape \(1, 100, 2, 4\), got \(1, 99, 2, 4\)"):
+        distance(o[:, 1:], truth)
+
+
+def test_the_tolerance_is_twice_the_definitions_own_error(tiny: Workload) -> None:
+    assert slack(tiny) == pytest.approx((16 + 8 + 8) * 2**-23)
+    assert allowed(Distance(0.25, 0.5), tiny) == Distance(0.5 + slack(tiny), 1.0 + slack(tiny))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "least", "most"), [("bfloat16", 1e-3, 3e-2), ("float16", 1e-4, 5e-3), ("float32", 0, 2e-5)]
+)
+def test_the_judge_follows_the_precision(tiny: Workload, dtype: str, least: float, most: float) -> None:
+    judge = Judge(tiny, dtype, CPU)
+    assert least < judge.tolerance.total <= judge.tolerance.worst < most
+    assert judge.chunked_is_exact
+
+
+def test_the_right_output_passes_and_a_shifted_window_does_not(tiny: Workload) -> None:
+    judge = Judge(tiny, "float32", CPU)
+    inputs = make_inputs(Case(tiny, 1, 100, "float32"), CPU)
+    truth, _ = judge.reference(inputs)
+    assert distance(attend(inputs, "chunked"), truth).within(judge.tolerance)
+    shifted = Inputs(Case(tiny.changed(window=9), 1, 100, "float32"), inputs.q, inputs.k, inputs.v, inputs.g)
+    assert not distance(attend(shifted, "chunked"), truth).within(judge.tolerance)
+
+
+def test_large_cases_are_judged_by_chunked_float64(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = Judge(tiny, "float32", CPU)
+    monkeypatch.setattr(reference, "NAIVE_LENGTH", 50)
+    large, small = (make_inputs(Case(tiny, 2, length, "float32"), CPU) for length in (30, 25))
+    truth, name = judge.reference(large)
+    assert (name, truth.dtype) == ("chunked float64", torch.float64)
+    assert distance(attend(large.to(torch.float64), "naive"), truth).worst < 1e-12
+    assert judge.reference(small)[1] == "naive float64"
+
+
+def test_a_chunked_that_is_wrong_is_no_reference(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(inputs: Inputs, backend: str) -> torch.Tensor:
+        return attend(inputs, "naive") * (1 + 1e-9 * (backend == "chunked"))
+
+    monkeypatch.setattr(reference, "attend", wrong)
+    judge = Judge(tiny, "float32", CPU)
+    with pytest.raises(ArithmeticError, match=r"chunked in float64 is 1\.0e-09 away from naive"):
+        judge.reference(make_inputs(Case(tiny, 1, 600, "float32"), CPU))
