@@ -262,11 +262,14 @@ def _mark_crossover(axis: Axes, crossover: Crossover, rows: Sequence[Row]) -> No
     height = math.exp((1 - part) * math.log(time_of(nha[before])) + part * math.log(time_of(nha[after])))
     axis.axvline(at, color=_BLACK, linestyle=(0, (1, 2)), linewidth=1.0, zorder=2)
     axis.plot([at], [height], marker="o", markersize=13, markerfacecolor="none", markeredgecolor=_BLACK, zorder=7)
+    # Lines rise to the right: beside the mark, the upper left is the free side, unless the mark is at the very left.
+    first, last = lengths[0], max(lengths[-1], after)
+    at_left = math.log(at / first) < 0.3 * math.log(last / first)
     axis.annotate(
         f"NHA faster from T={after} on →",
-        xy=(at, 1.0), xycoords=("data", "axes fraction"), xytext=(4, -4), textcoords="offset points",
-        va="top", fontsize=9, fontweight="bold", zorder=7,
-        path_effects=_HALO,
+        xy=(at, 1.0), xycoords=("data", "axes fraction"), xytext=(4 if at_left else -4, -4),
+        textcoords="offset points", ha="left" if at_left else "right", va="top", fontsize=9, fontweight="bold",
+        zorder=7, path_effects=_HALO,
     )  # fmt: skip
 
 
