@@ -39,7 +39,7 @@ def why_not(problem: Problem) -> str | None:
 
 
 def run(problem: Problem, inputs: Inputs) -> Result:
-    """Serve a call; reads cu_seqlens on the host (one wait for a GPU), and nothing else."""
+    """Serve a call; waits for the device only to read cu_seqlens, where there are any."""
     source = Source(problem, inputs)
     reach = min(problem.window, problem.tokens + source.recent)
     keys = reach + ROWS - 1 if reach > 0 else 0

@@ -65,7 +65,7 @@ def why_not(problem: Problem) -> str | None:
 
 
 def run(problem: Problem, inputs: Inputs) -> Result:
-    """Serve a call; reads cu_seqlens on the host (one wait for the GPU), and nothing else."""
+    """Serve a call; waits for the device only to read cu_seqlens, where there are any."""
     source = Source(problem, inputs)
     keys, values, packing = _pack_window(problem, inputs, source)
     work = _Work(problem, inputs.scale, source, plan(problem, inputs, 0), packing)

@@ -175,14 +175,40 @@ def window_queries(problem: Problem, inputs: Inputs) -> Tensor:
 
 
 def plan(problem: Problem, inputs: Inputs, window_elements: int) -> Plan:
-    """Cut a call into segments whose intermediates stay within SEGMENT_ELEMENTS; reads cu_seqlens on the host.
+    """Cut a call into segments whose intermediates stay within SEGMENT_ELEMENTS.
 
-    window_elements: what a row takes beside the slots' part.
+    window_elements: what a row takes beside the slots' part. Reads cu_seqlens on the host; without it the plan is made
+    on the device, and nothing waits.
     """
+    pairs = problem.kv_heads * problem.slots * CHUNK
+    states = problem.kv_heads * problem.slots * (problem.head_dim + problem.value_dim) // CHUNK
+    logits = problem.q_heads * problem.slots
+    budget = SEGMENT_ELEMENTS.get(problem.device, SEGMENT_ELEMENTS["cuda"])
+    size = max(1, budget // (ROWS * (pairs + 2 * states + logits + window_elements)))
     if inputs.cu_seqlens is None:
-        length = torch.full((problem.sequences,), problem.tokens)
-    else:
-        length = inputs.cu_seqlens.diff().cpu().to(torch.int64)
+        return _plan_batch(problem, inputs.q.device, size)
+    return _plan_packed(inputs.cu_seqlens, size)
+
+
+def _plan_batch(problem: Problem, device: torch.device, size: int) -> Plan:
+    """B sequences of T tokens each, `size` blocks a segment."""
+    tokens = problem.tokens
+    count = -(-tokens // ROWS)  # blocks of a sequence
+    segments = []
+    for low in range(0, problem.sequences * count, size):
+        high = min(low + size, problem.sequences * count)
+        block = torch.arange(low, high, device=device)
+        sequence = block // count
+        begins, ends = (torch.arange((at - low) % count, high - low, count, device=device) for at in (0, count - 1))
+        start, length = block % count * ROWS, torch.full_like(block, tokens)
+        segments.append(Segment(sequence, start, length, sequence * tokens, begins, ends))
+    token = torch.arange(problem.sequences * tokens, device=device)
+    return Plan(tuple(segments), token // tokens * (count * ROWS) + token % tokens)
+
+
+def _plan_packed(cu_seqlens: Tensor, size: int) -> Plan:
+    """Sequences one after the other, `size` blocks a segment; waits for the device once, for their lengths."""
+    length = cu_seqlens.diff().cpu().to(torch.int64)
     count = (length + ROWS - 1) // ROWS
     end = count.cumsum(0)
     sequence = torch.repeat_interleave(torch.arange(len(length)), count)
@@ -190,13 +216,7 @@ def plan(problem: Problem, inputs: Inputs, window_elements: int) -> Plan:
     start = (index - (end - count)[sequence]) * ROWS
     offset = length.cumsum(0) - length
 
-    pairs = problem.kv_heads * problem.slots * CHUNK
-    states = problem.kv_heads * problem.slots * (problem.head_dim + problem.value_dim) // CHUNK
-    logits = problem.q_heads * problem.slots
-    budget = SEGMENT_ELEMENTS.get(problem.device, SEGMENT_ELEMENTS["cuda"])
-    size = max(1, budget // (ROWS * (pairs + 2 * states + logits + window_elements)))
-
-    device = inputs.q.device
+    device = cu_seqlens.device
     blocks = torch.stack((sequence, start, length[sequence], offset[sequence])).to(device)
     is_begin, is_end = start == 0, index == (end - 1)[sequence]
     segments = []
