@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import os
 from itertools import pairwise
-from typing import NoReturn
+from operator import index
+from typing import NoReturn, SupportsIndex
 
 import torch
 from torch import Tensor
 
-from .problem import Inputs, Positions, Problem, accumulate_dtype
+from .problem import Inputs, Positions, Problem, accumulate_dtype, history_length
 from .state import NHAState
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -23,6 +24,7 @@ def check_call(
     mask_empty_slots: bool,
     output_final_state: bool,
     return_lse: bool,
+    state_name: str = "initial_state",
 ) -> Problem:
     """Check every argument of a call and describe it; raises ValueError or TypeError.
 
@@ -32,7 +34,8 @@ def check_call(
     _check_integer("window_size", window_size)
     if slot_delay is not None:
         _check_integer("slot_delay", slot_delay)
-    delay = window_size if slot_delay is None else slot_delay
+    window_size = index(window_size)
+    delay = window_size if slot_delay is None else index(slot_delay)
     _check_flags(mask_empty_slots=mask_empty_slots, output_final_state=output_final_state, return_lse=return_lse)
     q, k, v, g = inputs.q, inputs.k, inputs.v, inputs.g
     _check_tensors(inputs)
@@ -54,9 +57,9 @@ def check_call(
     if inputs.k_window is not None:
         _check_shape("k_window", inputs.k_window, tuple(k.shape), "the shape of k, [B, T, H, D]")
     if isinstance(inputs.scale, bool) or not isinstance(inputs.scale, (int, float)):
-        _fail("scale", "a finite number", f"{inputs.scale!r} of type {type(inputs.scale).__name__}", TypeError)
-    if not math.isfinite(inputs.scale):
-        _fail("scale", "a finite number", str(inputs.scale))
+        _fail("scale", "a finite number > 0", f"{inputs.scale!r} of type {type(inputs.scale).__name__}", TypeError)
+    if not (math.isfinite(inputs.scale) and inputs.scale > 0):
+        _fail("scale", "a finite number > 0", str(inputs.scale))
 
     sequences = batch
     if inputs.cu_seqlens is not None:
@@ -70,9 +73,9 @@ def check_call(
         positions = "given"
     state = inputs.state
     if state is not None:
-        check_state(state, inputs, sequences, window_size, delay)
+        check_state(state, state_name, inputs, sequences, window_size, delay)
     if values_are_checked(g):
-        check_values(inputs)
+        check_values(inputs, state_name)
     tensors = [*_tensors(inputs).values(), *(() if state is None else state.tensors().values())]
     return Problem(
         batch=batch,
@@ -100,21 +103,21 @@ def check_call(
     )
 
 
-def check_state(state: NHAState, inputs: Inputs, sequences: int, window: int, delay: int) -> None:
+def check_state(state: NHAState, argument: str, inputs: Inputs, sequences: int, window: int, delay: int) -> None:
     """A state must belong to calls of the same window, delay, sizes, dtype, device and optional inputs."""
     if not isinstance(state, NHAState):
-        _fail("initial_state", "an NHAState", type(state).__name__, TypeError)
+        _fail(argument, "an NHAState", type(state).__name__, TypeError)
     for name, here, there in (
         ("window_size", window, state.window_size),
         ("slot_delay", delay, state.slot_delay),
     ):
         if here != there:
-            _fail("initial_state", f"a state of calls with {name} = {here}, as in this call", f"{name} = {there}")
+            _fail(argument, f"a state of calls with {name} = {here}, as in this call", f"{name} = {there}")
     for name in ("s", "k_window"):
         given, kept = getattr(inputs, name) is not None, getattr(state, name) is not None
         if given != kept:
             calls = {True: f"calls that give {name}", False: f"calls without {name}"}
-            _fail("initial_state", f"a state of {calls[given]}, as this one", f"one of {calls[kept]}")
+            _fail(argument, f"a state of {calls[given]}, as this one", f"one of {calls[kept]}")
     heads, slots = inputs.k.shape[2], inputs.g.shape[3]
     ring = (sequences, state.capacity, heads)
     wide = accumulate_dtype(inputs.q.dtype)
@@ -131,11 +134,11 @@ def check_state(state: NHAState, inputs: Inputs, sequences: int, window: int, de
     for name, x in state.tensors().items():
         shape, dtype = expected[name]
         if tuple(x.shape) != shape:
-            _fail(f"initial_state.{name}", f"shape {list(shape)}", _shape(x))
+            _fail(f"{argument}.{name}", f"shape {list(shape)}", _shape(x))
         if x.dtype != dtype:
-            _fail(f"initial_state.{name}", f"dtype {dtype}", str(x.dtype), TypeError)
+            _fail(f"{argument}.{name}", f"dtype {dtype}", str(x.dtype), TypeError)
         if x.device != inputs.q.device:
-            _fail(f"initial_state.{name}", f"device {inputs.q.device}, that of q", str(x.device))
+            _fail(f"{argument}.{name}", f"device {inputs.q.device}, that of q", str(x.device))
 
 
 def values_are_checked(x: Tensor) -> bool:
@@ -145,7 +148,7 @@ def values_are_checked(x: Tensor) -> bool:
     return x.device.type == "cpu" or os.environ.get("NHA_CHECK_VALUES") == "1"
 
 
-def check_values(inputs: Inputs) -> None:
+def check_values(inputs: Inputs, state_name: str) -> None:
     """The checks that read the tensors' contents."""
     g = inputs.g.detach()
     if not bool((g <= 0).all()):
@@ -154,16 +157,24 @@ def check_values(inputs: Inputs) -> None:
     if inputs.state is not None:
         seen = int(inputs.state.seen.max())
         if int(inputs.state.seen.min()) < 0:
-            _fail("initial_state.seen", "token counts >= 0", f"{int(inputs.state.seen.min())}")
+            _fail(f"{state_name}.seen", "token counts >= 0", f"{int(inputs.state.seen.min())}")
+        history = history_length(inputs.state.window_size, inputs.state.slot_delay)
+        if inputs.state.capacity < min(seen, history):
+            _fail(f"{state_name}.seen", f"at most the {inputs.state.capacity} tokens that it has room for", str(seen))
     tokens = inputs.q.shape[1]
     if inputs.cu_seqlens is not None:
         bounds = inputs.cu_seqlens.tolist()
-        expected = f"offsets that start at 0, never fall and end at T = {tokens}"
-        if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
-            _fail("cu_seqlens", expected, str(bounds if len(bounds) <= 12 else [*bounds[:6], "...", *bounds[-5:]]))
+        check_offsets(bounds, tokens)
         tokens = max(b - a for a, b in pairwise(bounds))
     if inputs.rope is not None and seen + tokens > len(inputs.rope[0]):
         _fail("rope", f"tables of at least {seen + tokens} positions", f"{len(inputs.rope[0])}")
+
+
+def check_offsets(bounds: list[int], tokens: int) -> None:
+    """cu_seqlens, read on the host."""
+    if bounds[0] != 0 or bounds[-1] != tokens or any(a > b for a, b in pairwise(bounds)):
+        expected = f"offsets that start at 0, never fall and end at T = {tokens}"
+        _fail("cu_seqlens", expected, str(bounds if len(bounds) <= 12 else [*bounds[:6], "...", *bounds[-5:]]))
 
 
 def _check_tensors(inputs: Inputs) -> None:
@@ -215,9 +226,9 @@ def _check_rope(inputs: Inputs, tokens: int, head_dim: int) -> None:
 
 
 def _check_integer(name: str, value: object) -> None:
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+    if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         _fail(name, "an integer >= 0", f"{value!r} of type {type(value).__name__}", TypeError)
-    if value < 0:
+    if value.__index__() < 0:
         _fail(name, "an integer >= 0", str(value))
 
 

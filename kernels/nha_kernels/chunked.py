@@ -1,7 +1,8 @@
 """chunked: every valid call in plain PyTorch, on any device, in O(T) time and memory for a given window.
 
 The slots come from `slots.py`; a block of rows meets its window as one matrix product, and one softmax weighs both.
-The backward pass recomputes segment by segment. Differentiable once, in everything: log-sum-exp and state included.
+The backward pass recomputes segment by segment. Differentiable once, in everything: log-sum-exp and state included. On
+a GPU the order of the sums in it, and so the last bits, may differ from run to run.
 """
 
 from __future__ import annotations
@@ -10,11 +11,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .problem import Inputs, Problem, Result, accumulate_dtype
 from .slots import (
     ROWS,
+    Places,
     Plan,
     Segment,
     Source,
@@ -22,6 +23,7 @@ from .slots import (
     initial_slots,
     mask_slots,
     plan,
+    refuse_second_order,
     remember,
     slot_index,
     slot_logits,
@@ -40,14 +42,15 @@ def why_not(problem: Problem) -> str | None:
 
 def run(problem: Problem, inputs: Inputs) -> Result:
     """Serve a call; waits for the device only to read cu_seqlens, where there are any."""
-    source = Source(problem, inputs)
-    reach = min(problem.window, problem.tokens + source.recent)
+    source, places = Source.of(problem, inputs), Places.of(problem, inputs)
+    reach = min(problem.window, problem.tokens + places.recent)
     keys = reach + ROWS - 1 if reach > 0 else 0
     elements = keys * (problem.q_heads + problem.kv_heads * (problem.head_dim + problem.value_dim) // ROWS)
-    work = _Work(problem, inputs.scale, source, plan(problem, inputs, elements), keys)
-    tensors = [inputs.q.flatten(0, 1), window_queries(problem, inputs), source.k_window, source.v]
-    tensors += [source.k, source.v, source.g, *([] if source.s is None else [source.s])]
-    o, lse, final = _Chunked.apply(work, initial_slots(problem, inputs), *tensors)
+    work = _Work(problem, inputs.scale, places, plan(problem, inputs, elements), keys)
+    window = (window_queries(problem, inputs), source.k_window, source.v)
+    o, lse, final = _Chunked.apply(
+        work, initial_slots(problem, inputs), inputs.q.flatten(0, 1), *window, *source.slots()
+    )
     shape = (problem.batch, problem.tokens, problem.q_heads)
     slots = final_slots(problem, final) if problem.output_final_state else (None, None)
     return Result(o.view(*shape, problem.value_dim), lse.view(shape), *slots)
@@ -56,17 +59,17 @@ def run(problem: Problem, inputs: Inputs) -> Result:
 class _Work:
     """What the segments of one call share: `indices` and `compute` for a walk over them."""
 
-    def __init__(self, problem: Problem, scale: float, source: Source, plan: Plan, keys: int) -> None:
-        self.problem, self.scale, self.source, self.plan, self.keys = problem, scale, source, plan, keys
+    def __init__(self, problem: Problem, scale: float, places: Places, plan: Plan, keys: int) -> None:
+        self.problem, self.scale, self.places, self.plan, self.keys = problem, scale, places, plan, keys
 
     def key_positions(self, segment: Segment) -> Tensor:
         """[n, keys]: the keys of a block are the window - 1 tokens before its first row, and its rows."""
         return segment.start[:, None] + ROWS - self.keys + torch.arange(self.keys, device=segment.start.device)
 
     def indices(self, segment: Segment) -> list[Tensor]:
-        row, key = segment.row_index(), self.source.index(segment, self.key_positions(segment))
-        slot = slot_index(self.problem, self.source, segment)
-        return [row, row, key, key, *[slot] * (3 if self.source.s is None else 4)]
+        row, key = segment.row_index(), self.places.index(segment, self.key_positions(segment))
+        slot = slot_index(self.problem, self.places, segment)
+        return [row, row, key, key, *[slot] * (4 if self.problem.explicit_strength else 3)]
 
     def compute(
         self, segment: Segment, local: list[Tensor], begin: Tensor | None, carry: Tensor
@@ -74,9 +77,9 @@ class _Work:
         """o [n * ROWS, HQ, Dv] and lse [n * ROWS, HQ], and the slots after each block."""
         problem = self.problem
         q, q_window, k_window, v_window, k, v, g = local[:7]
-        tokens = slot_tokens(problem, self.source, segment, k, v, g, local[7] if len(local) > 7 else None)
+        tokens = slot_tokens(problem, self.places, segment, k, v, g, local[7] if len(local) > 7 else None)
         memory, after_block = remember(tokens, segment, begin, carry)
-        to_slots = mask_slots(problem, self.source, segment, slot_logits(problem, memory, tokens, q))
+        to_slots = mask_slots(problem, self.places, segment, slot_logits(problem, memory, tokens, q))
         to_window, values = self.window(segment, q_window, k_window, v_window)
         logits = torch.cat((to_slots, to_window), dim=-1) * self.scale  # [n, ROWS, H, NG, M + keys]
         # A row with nothing to attend to has lse = -inf; 0 in its place leaves its weights at exp(-inf) = 0.
@@ -101,7 +104,7 @@ class _Work:
         problem = self.problem
         wide = accumulate_dtype(problem.dtype)
         position = self.key_positions(segment)
-        exists = (position >= self.source.oldest(segment, problem.history)) & (position < segment.length[:, None])
+        exists = (position >= self.places.oldest(segment, problem.history)) & (position < segment.length[:, None])
         k = k.to(wide).transpose(1, 2)  # [n, H, keys, D]
         v = v.to(wide).transpose(1, 2)
         v = torch.where(exists[:, None, :, None], v, torch.zeros_like(v))
@@ -124,12 +127,12 @@ class _Chunked(torch.autograd.Function):
         return o[rows].to(work.problem.dtype), lse[rows], final
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor, grad_final: Tensor) -> tuple[Any, ...]:
+        refuse_second_order("chunked")
         work: _Work = ctx.work
         initial, *tensors = ctx.saved_tensors
         grad_initial, grads = walk_back(
             work.problem, work.plan.segments, work.indices, work.compute, initial, tensors, ctx.carries,
-            [work.plan.over_rows(grad_o), work.plan.over_rows(grad_lse)], grad_final,
+            [work.plan.over_rows(grad_o), work.plan.over_rows(grad_lse)], grad_final, ctx.needs_input_grad[2:],
         )  # fmt: skip
         return None, grad_initial, *grads

@@ -9,6 +9,9 @@ from .registry import IMPLEMENTATIONS, Implementation
 
 # The more is fused, the fewer bytes move. naive is last: chunked serves whatever it serves, and faster.
 ORDER = ("triton", "flash", "chunked", "naive")
+# From this window on a flash-attention kernel comes first: its tiles of 128 rows share the keys that every tile of 16
+# tokens reads again.
+WIDE_WINDOW = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,16 +32,25 @@ def explain_problem(problem: Problem) -> Explanation:
     """Choose for a problem and say why."""
     chosen = ""
     passed_over: dict[str, str] = {}
-    for name in ORDER:
+    for name in order(problem):
         implementation = IMPLEMENTATIONS[name]
         reason = why_not(implementation, problem)
         if reason is None and chosen:
-            reason = f"could serve this call; {chosen} comes first, which moves fewer bytes"
+            reason = f"could serve this call too; {chosen} comes first"
         if reason is None:
             chosen = name
         else:
             passed_over[name] = reason
     return Explanation(problem, chosen, passed_over)
+
+
+def order(problem: Problem) -> tuple[str, ...]:
+    """The implementations for a problem, from the one to prefer to the last resort."""
+    if problem.device == "cpu":  # where Triton is its interpreter, a debugger
+        return ("chunked", "naive", "triton", "flash")
+    if problem.window >= WIDE_WINDOW:
+        return ("flash", *(name for name in ORDER if name != "flash"))
+    return ORDER
 
 
 def why_not(implementation: Implementation, problem: Problem) -> str | None:
@@ -53,7 +65,7 @@ def choose(problem: Problem, backend: str) -> Implementation:
         if reason is not None:
             raise UnsupportedCall(f"backend={backend!r} cannot serve this call: {reason}")
         return IMPLEMENTATIONS[backend]
-    for name in ORDER:
+    for name in order(problem):
         if why_not(IMPLEMENTATIONS[name], problem) is None:
             return IMPLEMENTATIONS[name]
     raise AssertionError("naive serves every valid call")

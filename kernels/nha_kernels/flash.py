@@ -3,7 +3,8 @@
 One autograd.Function. With lse the log-sum-exp over slots and window together and delta = sum(do * o) over the merged
 output, every weight is p = exp(logit - lse) and every logit's gradient p * (do . value - delta). So the backward of
 each half gets the merged output and the merged lse in place of its own, and no gradient has to pass through a
-log-sum-exp (flash-attention kernels would drop it).
+log-sum-exp (flash-attention kernels would drop it). The order of the sums in it, and so the last bits, may differ from
+run to run.
 """
 
 from __future__ import annotations
@@ -12,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from . import flash_window
 from .flash_window import Packing, window_attention, window_kernel
 from .problem import Inputs, Problem, Result, accumulate_dtype
 from .slots import (
+    Places,
     Plan,
     Segment,
     Source,
@@ -25,6 +26,7 @@ from .slots import (
     initial_slots,
     mask_slots,
     plan,
+    refuse_second_order,
     remember,
     slot_index,
     slot_logits,
@@ -59,6 +61,8 @@ def why_not(problem: Problem) -> str | None:
         return f"flash-attention kernels take multiples of 8 up to 256 as head size, not {problem.head_dim}"
     if problem.window == 0:
         return "window_size = 0 leaves nothing for a flash-attention kernel to do"
+    if problem.sequences > 65535:
+        return f"flash-attention kernels take up to 65535 sequences, not {problem.sequences}"
     if problem.return_lse and problem.needs_grad:
         return "flash-attention kernels have no gradient for the log-sum-exp"
     return None
@@ -66,69 +70,64 @@ def why_not(problem: Problem) -> str | None:
 
 def run(problem: Problem, inputs: Inputs) -> Result:
     """Serve a call; waits for the device only to read cu_seqlens, where there are any."""
-    source = Source(problem, inputs)
-    keys, values, packing = _pack_window(problem, inputs, source)
-    work = _Work(problem, inputs.scale, source, plan(problem, inputs, 0), packing)
-    slot_tensors = [source.k, source.v, source.g, *([] if source.s is None else [source.s])]
+    source, places = Source.of(problem, inputs), Places.of(problem, inputs)
+    cut = plan(problem, inputs, 0)
+    keys, values, packing = _pack_window(problem, inputs, source, places, cut.longest)
+    work = _Work(problem, inputs.scale, places, cut, packing)
     o, lse, final = _Flash.apply(
         work, initial_slots(problem, inputs), window_queries(problem, inputs), keys, values,
-        inputs.q.flatten(0, 1), *slot_tensors,
+        inputs.q.flatten(0, 1), *source.slots(),
     )  # fmt: skip
     shape = (problem.batch, problem.tokens, problem.q_heads)
     slots = final_slots(problem, final) if problem.output_final_state else (None, None)
     return Result(o.view(*shape, problem.value_dim), lse.view(shape), *slots)
 
 
-def _pack_window(problem: Problem, inputs: Inputs, source: Source) -> tuple[Tensor, Tensor, Packing]:
+def _pack_window(
+    problem: Problem, inputs: Inputs, source: Source, places: Places, longest: int
+) -> tuple[Tensor, Tensor, Packing]:
     """The window's keys and values, each sequence's recent tokens before those of the call, without gaps."""
-    device = inputs.q.device
-    if inputs.cu_seqlens is None:
-        cu_q = torch.arange(problem.sequences + 1, device=device, dtype=torch.int32) * problem.tokens
-        max_q = problem.tokens
-    else:
-        cu_q = inputs.cu_seqlens
-        max_q = int(cu_q.diff().max())
-    if inputs.state is None or source.recent == 0 or problem.window == 1:
-        tokens = problem.batch * problem.tokens
-        packing = Packing(cu_q, cu_q, max_q, max_q, problem.window, inputs.scale)
-        return source.k_window[:tokens], source.v[:tokens], packing
+    cu_q = inputs.cu_seqlens
+    if cu_q is None:
+        cu_q = torch.arange(problem.sequences + 1, device=inputs.q.device, dtype=torch.int32) * problem.tokens
+    if places.seen is None or problem.window == 1:
+        packing = Packing(cu_q, cu_q, longest, longest, problem.window, inputs.scale)
+        return source.k_window[: places.tokens], source.v[: places.tokens], packing
 
     # How many recent tokens there are is known on the device only: pack to an upper bound, leave the end unused.
     length = cu_q.diff().to(torch.int64)
-    recent = inputs.state.seen.clamp(max=min(source.recent, problem.window - 1))
+    recent = places.seen.clamp(max=min(places.recent, problem.window - 1))
     cu_k = torch.cat((recent.new_zeros(1), (recent + length).cumsum(0)))
-    bound = problem.batch * problem.tokens + problem.sequences * source.recent
-    place = torch.arange(bound, device=device)
+    place = torch.arange(places.tokens + problem.sequences * places.recent, device=cu_q.device)
     sequence = (torch.searchsorted(cu_k, place, right=True) - 1).clamp(max=problem.sequences - 1)
     position = place - cu_k[sequence] - recent[sequence]
-    tokens = problem.batch * problem.tokens
-    in_call = (cu_q.to(torch.int64)[sequence] + position).clamp(max=tokens - 1)
-    in_ring = tokens + sequence * source.recent + (inputs.state.seen[sequence] + position) % source.recent
+    in_call = (cu_q.to(torch.int64)[sequence] + position).clamp(max=places.tokens - 1)
+    in_ring = places.tokens + sequence * places.recent + (places.seen[sequence] + position) % places.recent
     index = torch.where(position < 0, in_ring, in_call)
-    packing = Packing(cu_q, cu_k.to(torch.int32), max_q, max_q + source.recent, problem.window, inputs.scale)
+    packing = Packing(cu_q, cu_k.to(torch.int32), longest, longest + places.recent, problem.window, inputs.scale)
     return source.k_window[index], source.v[index], packing
 
 
 class _Work:
     """What the segments of one call share. The slots of a segment, given its rows' log-sum-exp or on their own."""
 
-    def __init__(self, problem: Problem, scale: float, source: Source, plan: Plan, packing: Packing) -> None:
-        self.problem, self.scale, self.source, self.plan, self.packing = problem, scale, source, plan, packing
+    def __init__(self, problem: Problem, scale: float, places: Places, plan: Plan, packing: Packing) -> None:
+        self.problem, self.scale, self.places, self.plan, self.packing = problem, scale, places, plan, packing
 
     def indices(self, segment: Segment) -> list[Tensor]:
         """For the tensors (over all rows: lse of the merged softmax or of the window alone), q, k, v, g and s."""
         row = segment.row_index()
-        slot = slot_index(self.problem, self.source, segment)
-        return [row, row, *[slot] * (3 if self.source.s is None else 4)]
+        slot = slot_index(self.problem, self.places, segment)
+        return [row, row, *[slot] * (4 if self.problem.explicit_strength else 3)]
 
     def _logits(
         self, segment: Segment, local: list[Tensor], begin: Tensor | None, carry: Tensor
     ) -> tuple[Any, Any, Tensor, Tensor]:
         _, q, k, v, g = local[:5]
-        tokens = slot_tokens(self.problem, self.source, segment, k, v, g, local[5] if len(local) > 5 else None)
+        tokens = slot_tokens(self.problem, self.places, segment, k, v, g, local[5] if len(local) > 5 else None)
         memory, after_block = remember(tokens, segment, begin, carry)
         logits = slot_logits(self.problem, memory, tokens, q) * self.scale
-        return memory, tokens, mask_slots(self.problem, self.source, segment, logits), after_block
+        return memory, tokens, mask_slots(self.problem, self.places, segment, logits), after_block
 
     def merge(
         self, segment: Segment, local: list[Tensor], begin: Tensor | None, carry: Tensor
@@ -177,8 +176,8 @@ class _Flash(torch.autograd.Function):
         return o, lse, final
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_o: Tensor, grad_lse: Tensor, grad_final: Tensor) -> tuple[Any, ...]:
+        refuse_second_order("flash")
         work: _Work = ctx.work
         initial, q_window, keys, values, o, lse, *tensors = ctx.saved_tensors
         grad_o = grad_o.contiguous()
@@ -193,6 +192,6 @@ class _Flash(torch.autograd.Function):
         delta = (grad_o.to(wide) * o.to(wide)).sum(-1)  # [B * T, HQ]
         grad_initial, grads = walk_back(
             work.problem, work.plan.segments, work.indices, work.weigh, initial, (lse, *tensors), ctx.carries,
-            [work.plan.over_rows(grad_o), work.plan.over_rows(-delta)], grad_final,
+            [work.plan.over_rows(grad_o), work.plan.over_rows(-delta)], grad_final, (False, *ctx.needs_input_grad[5:]),
         )  # fmt: skip
         return None, grad_initial, grad_q_window, grad_keys, grad_values, *grads[1:]

@@ -10,7 +10,10 @@ of their sequence. lse [HQ, Tq] fp32.
 
 from __future__ import annotations
 
+import inspect
 import re
+import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 from importlib import import_module, metadata
@@ -81,6 +84,8 @@ class _FlashAttn2:
     def __init__(self, version: str) -> None:
         self.name = f"flash-attn {version}"
         self._interface = import_module("flash_attn.flash_attn_interface")
+        for function in (self._interface._flash_attn_varlen_forward, self._interface._flash_attn_varlen_backward):
+            _require(_python(function), "max_seqlen_k", "softmax_scale", "window_size_left", "window_size_right")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         o, lse, _, rng_state = self._interface._flash_attn_varlen_forward(
@@ -105,6 +110,8 @@ class _FlashAttn3:
     def __init__(self, version: str) -> None:
         self.name = f"flash-attn-3 {version}"
         self._interface = import_module("flash_attn_interface")
+        for function in (self._interface._flash_attn_forward, self._interface._flash_attn_backward):
+            _require(_python(function), "cu_seqlens_k", "max_seqlen_k", "window_size_left", "window_size_right")
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, packing: Packing) -> tuple[Tensor, Tensor, tuple[Any, ...]]:
         o, lse, *_ = self._interface._flash_attn_forward(
@@ -127,42 +134,57 @@ class _FlashAttn3:
         return dq, dk, dv
 
 
-def installed_version(*distributions: str) -> str | None:
-    """The version of the first of these distributions that is installed; nothing is imported."""
-    for distribution in distributions:
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return None
-
-
-@cache
 def why_unavailable() -> str | None:
     """The sentence that says why this machine has no flash-attention kernel, or None where it has one."""
     if not torch.cuda.is_available():
         return "flash-attention kernels need a CUDA GPU, and torch sees none"
-    if torch.version.hip is not None:
-        return "the flash-attention kernels used here are for CUDA, and this torch is built for ROCm"
-    if _flash_attn_installed() or _within(torch.__version__, TORCH_VERSIONS):
-        return None
-    first, last = (".".join(map(str, version)) for version in TORCH_VERSIONS)
-    return f"torch {torch.__version__} is outside {first} <= torch < {last}, whose FlashAttention-2 is known"
+    kernel = _select(torch.cuda.get_device_capability())
+    return kernel if isinstance(kernel, str) else None
+
+
+def window_kernel(capability: tuple[int, int]) -> WindowKernel:
+    """The kernel for a GPU of this compute capability; raises RuntimeError where `why_unavailable` has a reason."""
+    kernel = _select(capability)
+    if isinstance(kernel, str):
+        raise RuntimeError(kernel)
+    return kernel
 
 
 @cache
-def window_kernel(capability: tuple[int, int]) -> WindowKernel:
-    """The kernel for a GPU of this compute capability; raises RuntimeError where `why_unavailable` has a reason."""
-    reason = why_unavailable()
-    if reason is not None:
-        raise RuntimeError(reason)
-    version = _usable("flash-attn-3", "flash_attn_3", FA3_VERSIONS)
-    if version is not None and capability[0] == 9:
-        return _FlashAttn3(version)
-    version = _usable("flash-attn", "flash_attn", FA2_VERSIONS)
-    if version is not None:
-        return _FlashAttn2(version)
+def _select(capability: tuple[int, int]) -> WindowKernel | str:
+    """The first kernel that can be used, or the sentence that says why there is none.
+
+    An installed package that cannot be used is named in a warning, not passed over in silence.
+    """
+    if torch.version.hip is not None:
+        return "the flash-attention kernels used here are for CUDA, and this torch is built for ROCm"
+    packages: list[tuple[str, Any, Callable[[str], WindowKernel]]] = [
+        ("flash-attn-3", FA3_VERSIONS, _FlashAttn3),  # for Hopper only
+        ("flash-attn", FA2_VERSIONS, _FlashAttn2),
+    ]
+    for distribution, versions, adapter in packages if capability[0] == 9 else packages[1:]:
+        version = installed_version(distribution)
+        if version is None:
+            continue
+        try:
+            if not _within(version, versions):
+                raise ValueError(f"its version is outside {_range(versions)}")
+            return adapter(version)
+        except (ImportError, AttributeError, ValueError) as error:
+            warnings.warn(f"{distribution} {version} is installed but not used: {error}", stacklevel=2)
+    if not _within(torch.__version__, TORCH_VERSIONS):
+        return f"torch {torch.__version__} is outside {_range(TORCH_VERSIONS)}, whose FlashAttention-2 is known"
+    if not torch.backends.cuda.is_flash_attention_available():
+        return f"torch {torch.__version__} was built without FlashAttention-2"
     return _TorchFlash()
+
+
+def installed_version(distribution: str) -> str | None:
+    """The version of an installed distribution; nothing is imported."""
+    try:
+        return metadata.version(distribution)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def window_attention(q: Tensor, k: Tensor, v: Tensor, window_size: int, scale: float | None = None) -> Tensor:
@@ -179,18 +201,23 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, window_size: int, scale: f
     return o.view_as(q)
 
 
-def _flash_attn_installed() -> bool:
-    return any(
-        _usable(*names) is not None
-        for names in (("flash-attn-3", "flash_attn_3", FA3_VERSIONS), ("flash-attn", "flash_attn", FA2_VERSIONS))
-    )
+def _python(function: Any) -> Any:
+    """The Python function of a torch.library.custom_op, which itself shows no signature."""
+    return getattr(function, "_init_fn", function)
 
 
-def _usable(name: str, alias: str, versions: tuple[tuple[int, int], tuple[int, int]]) -> str | None:
-    version = installed_version(name, alias)
-    return version if version is not None and _within(version, versions) else None
+def _require(function: Any, *parameters: str) -> None:
+    """Raise ValueError where a private function of another package no longer has the parameters used here."""
+    missing = [name for name in parameters if name not in inspect.signature(function).parameters]
+    if missing:
+        raise ValueError(f"its {function.__name__} has no {', '.join(missing)}")
 
 
 def _within(version: str, bounds: tuple[tuple[int, int], tuple[int, int]]) -> bool:
     match = re.match(r"(\d+)\.(\d+)", version)
     return match is not None and bounds[0] <= (int(match[1]), int(match[2])) < bounds[1]
+
+
+def _range(bounds: tuple[tuple[int, int], tuple[int, int]]) -> str:
+    low, high = (".".join(map(str, version)) for version in bounds)
+    return f"{low} <= version < {high}"

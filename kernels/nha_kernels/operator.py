@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -52,7 +54,7 @@ def native_hybrid_attention(
         rope: (cos, sin), tables [P, D/2], non-interleaved halves as in Llama. Rotates q and k for the window only. A
             token's position is its index in its sequence plus the tokens that `initial_state` has seen.
         q_window, k_window: shapes of q and k; the window's queries and keys, ready-made.
-        scale: factor of all logits; D ** -0.5 by default.
+        scale: factor of all logits, > 0; D ** -0.5 by default.
         slot_delay: tokens that a token waits before it enters the slots; `window_size` by default, so that slots and
             window never see the same token.
         mask_empty_slots: leave the slots out for rows before any token (of this call or the state's) has entered them.
@@ -157,7 +159,7 @@ def nha_decode_step(
     inputs, problem = _describe(
         q, k, v, g, window_size, s=s, rope=rope, q_window=q_window, k_window=k_window, scale=scale,
         slot_delay=slot_delay, mask_empty_slots=mask_empty_slots, cu_seqlens=None, initial_state=state,
-        output_final_state=False, return_lse=return_lse,
+        output_final_state=False, return_lse=return_lse, state_name="state",
     )  # fmt: skip
     with torch.autocast(problem.device, enabled=False):
         o, lse = decode_step(problem, inputs)
@@ -190,10 +192,13 @@ def _describe(
     initial_state: NHAState | None,
     output_final_state: bool,
     return_lse: bool,
+    state_name: str = "initial_state",
 ) -> tuple[Inputs, Problem]:
     if scale is None:
         # A q that is no tensor, or has no last size, is named by the checks.
         scale = q.shape[-1] ** -0.5 if isinstance(q, Tensor) and q.ndim and q.shape[-1] else 1.0
     inputs = Inputs(q, k, v, g, s, rope, q_window, k_window, scale, cu_seqlens, initial_state)
-    problem = check_call(inputs, window_size, slot_delay, mask_empty_slots, output_final_state, return_lse)
+    problem = check_call(inputs, window_size, slot_delay, mask_empty_slots, output_final_state, return_lse, state_name)
+    if cu_seqlens is not None:
+        inputs = replace(inputs, cu_seqlens=cu_seqlens.contiguous())
     return inputs, problem

@@ -27,6 +27,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .checks import check_offsets
 from .problem import Inputs, Problem, accumulate_dtype
 from .rope import rotate
 
@@ -67,10 +68,14 @@ class Segment:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A call cut into segments; row_of_token [B * T] says where each token is among all the segments' rows."""
+    """A call cut into segments.
+
+    row_of_token [B * T]: where each token is among all the segments' rows. longest: tokens of the longest sequence.
+    """
 
     segments: tuple[Segment, ...]
     row_of_token: Tensor
+    longest: int
 
     def over_rows(self, x: Tensor) -> Tensor:
         """x [B * T, ...] spread over all rows of all segments, zero in those over a sequence's end."""
@@ -100,55 +105,75 @@ class Memory(NamedTuple):
     weight: Tensor
 
 
-class Source:
-    """The tokens of a call and, behind them, the recent tokens of its initial state: one flat axis to gather from."""
+@dataclass(frozen=True, slots=True)
+class Places:
+    """Where the tokens of sequences lie on one flat axis: those of the call, and behind them the state's rings.
 
-    def __init__(self, problem: Problem, inputs: Inputs) -> None:
-        state = inputs.state if inputs.state is not None and inputs.state.capacity > 0 else None
-        self._state = state
-        self._tokens = problem.batch * problem.tokens
+    tokens: of the call, B * T. recent: places of a ring. seen [N]: tokens before the call, None without a ring; a copy,
+    since a state may move on before the backward pass asks.
+    """
 
-        def with_recent(x: Tensor, name: str) -> Tensor:
-            flat = x.flatten(0, 1)
-            return flat if state is None else torch.cat((flat, getattr(state, name).flatten(0, 1)))
+    tokens: int
+    recent: int
+    seen: Tensor | None
 
-        self.k = with_recent(inputs.k, "k")
-        self.v = with_recent(inputs.v, "v")
-        self.g = with_recent(inputs.g, "g")
-        self.s = None if inputs.s is None else with_recent(inputs.s, "s")
-        if inputs.k_window is not None:
-            self.k_window = with_recent(inputs.k_window, "k_window")
-        elif inputs.rope is not None:
-            self.k_window = rotate(self.k, *inputs.rope, self._positions(problem, inputs))
-        else:
-            self.k_window = self.k
-
-    @property
-    def recent(self) -> int:
-        """Tokens before the call that may exist."""
-        return 0 if self._state is None else self._state.capacity
+    @classmethod
+    def of(cls, problem: Problem, inputs: Inputs) -> Places:
+        """The places of a call's tokens."""
+        state = inputs.state
+        if state is None or state.capacity == 0:
+            return cls(problem.batch * problem.tokens, 0, None)
+        return cls(problem.batch * problem.tokens, state.capacity, state.seen.clone())
 
     def index(self, segment: Segment, position: Tensor) -> Tensor:
         """Where the tokens at `position` [n, p] of the blocks' sequences lie; within bounds for those that are not."""
         inside = torch.minimum(position.clamp(min=0), segment.length[:, None] - 1)
         index = segment.offset[:, None] + inside
-        if self._state is None:
+        if self.seen is None:
             return index
-        place = (self._state.seen[segment.sequence, None] + position) % self.recent
-        return torch.where(position < 0, self._tokens + segment.sequence[:, None] * self.recent + place, index)
+        place = (self.seen[segment.sequence, None] + position) % self.recent
+        return torch.where(position < 0, self.tokens + segment.sequence[:, None] * self.recent + place, index)
 
     def oldest(self, segment: Segment, reach: int) -> Tensor:
         """[n, 1] the first position that exists, at most `reach` tokens before the call."""
-        if self._state is None:
+        if self.seen is None:
             return torch.zeros_like(segment.start)[:, None]
-        return -self._state.seen[segment.sequence, None].clamp(max=min(reach, self.recent))
+        return -self.seen[segment.sequence, None].clamp(max=min(reach, self.recent))
 
-    def _positions(self, problem: Problem, inputs: Inputs) -> Tensor:
-        """Absolute position of everything in the source; places of a ring that hold nothing count as 0."""
-        position = token_positions(problem, inputs).flatten()
-        if self._state is None:
-            return position
-        return torch.cat((position, self._state.recent_positions().clamp(min=0).flatten()))
+
+class Source(NamedTuple):
+    """The tokens that `Places` speaks of: [B * T + N * recent, H, ...] each; s None where the call gives none."""
+
+    k: Tensor
+    v: Tensor
+    g: Tensor
+    s: Tensor | None
+    k_window: Tensor
+
+    @classmethod
+    def of(cls, problem: Problem, inputs: Inputs) -> Source:
+        """The call's tokens and the state's, with the window's keys rotated where the call says so."""
+        state = inputs.state if inputs.state is not None and inputs.state.capacity > 0 else None
+
+        def flat(x: Tensor, name: str) -> Tensor:
+            own = x.flatten(0, 1)
+            return own if state is None else torch.cat((own, getattr(state, name).flatten(0, 1)))
+
+        k = flat(inputs.k, "k")
+        k_window = k
+        if inputs.k_window is not None:
+            k_window = flat(inputs.k_window, "k_window")
+        elif inputs.rope is not None:
+            position = token_positions(problem, inputs).flatten()
+            if state is not None:  # places of a ring that hold nothing count as 0
+                position = torch.cat((position, state.recent_positions().clamp(min=0).flatten()))
+            k_window = rotate(k, *inputs.rope, position)
+        s = None if inputs.s is None else flat(inputs.s, "s")
+        return cls(k, flat(inputs.v, "v"), flat(inputs.g, "g"), s, k_window)
+
+    def slots(self) -> list[Tensor]:
+        """What enters the slots: k, v, g and, where the call gives it, s."""
+        return [self.k, self.v, self.g, *([] if self.s is None else [self.s])]
 
 
 def token_positions(problem: Problem, inputs: Inputs) -> Tensor:
@@ -187,7 +212,7 @@ def plan(problem: Problem, inputs: Inputs, window_elements: int) -> Plan:
     size = max(1, budget // (ROWS * (pairs + 2 * states + logits + window_elements)))
     if inputs.cu_seqlens is None:
         return _plan_batch(problem, inputs.q.device, size)
-    return _plan_packed(inputs.cu_seqlens, size)
+    return _plan_packed(inputs.cu_seqlens, problem.tokens, size)
 
 
 def _plan_batch(problem: Problem, device: torch.device, size: int) -> Plan:
@@ -199,16 +224,18 @@ def _plan_batch(problem: Problem, device: torch.device, size: int) -> Plan:
         high = min(low + size, problem.sequences * count)
         block = torch.arange(low, high, device=device)
         sequence = block // count
-        begins, ends = (torch.arange((at - low) % count, high - low, count, device=device) for at in (0, count - 1))
+        begins, ends = (block[(at - low) % count :: count] - low for at in (0, count - 1))
         start, length = block % count * ROWS, torch.full_like(block, tokens)
         segments.append(Segment(sequence, start, length, sequence * tokens, begins, ends))
     token = torch.arange(problem.sequences * tokens, device=device)
-    return Plan(tuple(segments), token // tokens * (count * ROWS) + token % tokens)
+    return Plan(tuple(segments), token // tokens * (count * ROWS) + token % tokens, tokens)
 
 
-def _plan_packed(cu_seqlens: Tensor, size: int) -> Plan:
+def _plan_packed(cu_seqlens: Tensor, tokens: int, size: int) -> Plan:
     """Sequences one after the other, `size` blocks a segment; waits for the device once, for their lengths."""
-    length = cu_seqlens.diff().cpu().to(torch.int64)
+    bounds = cu_seqlens.to("cpu", torch.int64)
+    check_offsets(bounds.tolist(), tokens)
+    length = bounds.diff()
     count = (length + ROWS - 1) // ROWS
     end = count.cumsum(0)
     sequence = torch.repeat_interleave(torch.arange(len(length)), count)
@@ -227,7 +254,7 @@ def _plan_packed(cu_seqlens: Tensor, size: int) -> Plan:
         segments.append(Segment(own, starts, lengths, offsets, begins, ends))
     of_token = torch.repeat_interleave(torch.arange(len(length)), length)
     row = ((end - count) * ROWS - offset)[of_token] + torch.arange(len(of_token))
-    return Plan(tuple(segments), row.to(device))
+    return Plan(tuple(segments), row.to(device), int(length.max()))
 
 
 def initial_slots(problem: Problem, inputs: Inputs) -> Tensor | None:
@@ -242,18 +269,18 @@ def final_slots(problem: Problem, final: Tensor) -> tuple[Tensor, Tensor]:
     return final[..., : problem.head_dim], final[..., problem.head_dim :]
 
 
-def slot_index(problem: Problem, source: Source, segment: Segment) -> Tensor:
-    """[n, ROWS] where in the source the token lies that enters the slots at each row."""
-    return source.index(segment, segment.rows() - problem.delay)
+def slot_index(problem: Problem, places: Places, segment: Segment) -> Tensor:
+    """[n, ROWS] where the token lies that enters the slots at each row."""
+    return places.index(segment, segment.rows() - problem.delay)
 
 
 def slot_tokens(
-    problem: Problem, source: Source, segment: Segment, k: Tensor, v: Tensor, g: Tensor, s: Tensor | None
+    problem: Problem, places: Places, segment: Segment, k: Tensor, v: Tensor, g: Tensor, s: Tensor | None
 ) -> SlotTokens:
     """What enters the slots at each row, from what was gathered [n, ROWS, H, ...]; nothing where no token exists."""
     wide = accumulate_dtype(problem.dtype)
     position = segment.rows() - problem.delay
-    exists = (position >= source.oldest(segment, problem.delay)) & (position < segment.length[:, None] - problem.delay)
+    exists = (position >= places.oldest(segment, problem.delay)) & (position < segment.length[:, None] - problem.delay)
     exists = exists[..., None, None]
 
     def chunked(x: Tensor) -> Tensor:
@@ -347,11 +374,11 @@ def slot_values(problem: Problem, memory: Memory, tokens: SlotTokens, p: Tensor)
     return values.unflatten(0, (-1, ROWS // CHUNK)).flatten(1, 2)
 
 
-def mask_slots(problem: Problem, source: Source, segment: Segment, logits: Tensor) -> Tensor:
+def mask_slots(problem: Problem, places: Places, segment: Segment, logits: Tensor) -> Tensor:
     """Slot logits [n, ROWS, H, NG, M] with -inf where `mask_empty_slots` leaves a row's slots out."""
     if not problem.mask_empty_slots:
         return logits
-    empty = segment.rows() - problem.delay < source.oldest(segment, problem.delay)
+    empty = segment.rows() - problem.delay < places.oldest(segment, problem.delay)
     return logits.masked_fill(empty[..., None, None, None], float("-inf"))
 
 
@@ -393,13 +420,18 @@ def walk(
 def walk_back(
     problem: Problem, segments: Sequence[Segment], indices: Indices, compute: Compute, initial: Tensor | None,
     tensors: Sequence[Tensor], carries: Sequence[Tensor], grad_outputs: Sequence[Tensor], grad_final: Tensor,
-) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, list[Tensor | None]]:  # fmt: skip
     """The gradients of `walk` for `initial` and `tensors`: each segment is recomputed, from the last to the first.
 
-    grad_outputs: over all rows, as the outputs; grad_final [N, H, M, E].
+    grad_outputs: over all rows, as the outputs; grad_final [N, H, M, E]. needed: which tensors need a gradient.
     """
     grad_initial = None if initial is None else grad_final.clone()
-    grads = [torch.zeros_like(x, dtype=accumulate_dtype(x.dtype)) for x in tensors]
+    grads = {
+        i: torch.zeros_like(x, dtype=accumulate_dtype(x.dtype))
+        for i, (x, need) in enumerate(zip(tensors, needed, strict=True))
+        if need
+    }
     grad_carry = torch.zeros_like(carries[0])
     stop = sum(len(segment.start) for segment in segments) * ROWS
     for segment, carry in zip(reversed(segments), reversed(carries), strict=True):
@@ -407,21 +439,28 @@ def walk_back(
         stop = rows.start
         index = indices(segment)
         begin_sequence = segment.sequence[segment.begins]
-        local = [x.detach()[i].requires_grad_() for x, i in zip(tensors, index, strict=True)]
+        local = [x.detach()[i].requires_grad_(need) for x, i, need in zip(tensors, index, needed, strict=True)]
         begin = None if initial is None else initial.detach()[begin_sequence].requires_grad_()
         carry = carry.detach().requires_grad_()
-        with torch.enable_grad():
-            outputs, after_block = compute(segment, local, begin, carry)
-        grad_after = torch.zeros_like(after_block)
-        grad_after[segment.ends] = grad_final[segment.sequence[segment.ends]]
-        grad_after[-1] += grad_carry
-        wanted = [*local, carry, *([] if begin is None else [begin])]
-        got = torch.autograd.grad(
-            [*outputs, after_block], wanted, [*(x[rows] for x in grad_outputs), grad_after], materialize_grads=True
-        )
-        for grad, i, part in zip(grads, index, got, strict=False):
-            grad.index_add_(0, i.flatten(), part.flatten(0, 1).to(grad.dtype))
-        grad_carry = got[len(local)]
+        # The forward ran without autocast; so must what repeats it, and its gradients.
+        with torch.autocast(carry.device.type, enabled=False):
+            with torch.enable_grad():
+                outputs, after_block = compute(segment, local, begin, carry)
+            grad_after = torch.zeros_like(after_block)
+            grad_after[segment.ends] = grad_final[segment.sequence[segment.ends]]
+            grad_after[-1] += grad_carry
+            wanted = [carry, *([] if begin is None else [begin]), *(local[i] for i in grads)]
+            grad_carry, *got = torch.autograd.grad(
+                [*outputs, after_block], wanted, [*(x[rows] for x in grad_outputs), grad_after], materialize_grads=True
+            )
         if grad_initial is not None:
-            grad_initial[begin_sequence] = got[-1]
-    return grad_initial, [grad.to(x.dtype) for grad, x in zip(grads, tensors, strict=True)]
+            grad_initial[begin_sequence] = got.pop(0)
+        for i, part in zip(grads, got, strict=True):
+            grads[i].index_add_(0, index[i].flatten(), part.flatten(0, 1).to(grads[i].dtype))
+    return grad_initial, [grads[i].to(x.dtype) if i in grads else None for i, x in enumerate(tensors)]
+
+
+def refuse_second_order(name: str) -> None:
+    """Called in a backward pass: autograd would silently take its result for a constant."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(f"{name} is differentiable once: create_graph=True needs backend='naive'")

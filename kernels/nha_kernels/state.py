@@ -102,15 +102,15 @@ class NHAState:
         return self._with({name: x.clone() for name, x in self.tensors().items()})
 
     def with_full_capacity(self) -> NHAState:
-        """The same state with room for every recent token, as `nha_decode_step` needs it."""
+        """The state with room for every recent token, as `nha_decode_step` needs it: a copy, or itself if it has it."""
         missing = history_length(self.window_size, self.slot_delay) - self.capacity
         if missing <= 0:
             return self
         # A ring that is not full-sized has never wrapped: position p lies at p, and room is added behind.
         grown = {}
         for name, x in self.tensors().items():
-            if name in RECENT:
-                grown[name] = torch.cat((x, x.new_zeros(x.shape[0], missing, *x.shape[2:])), dim=1)
+            room = x.new_zeros(len(x), missing, *x.shape[2:]) if name in RECENT else None
+            grown[name] = x.clone() if room is None else torch.cat((x, room), dim=1)
         return self._with(grown)
 
     def _with(self, tensors: dict[str, Any]) -> NHAState:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, NamedTuple
 
 import pytest
@@ -62,7 +63,7 @@ def _unavailable(backend: str) -> str | None:
 
 
 def backends(*, without: Sequence[str] = (), needs_grad: bool = False) -> list[Any]:
-    """Every backend as a pytest parameter; those that this machine has not, or that have no gradient, skip and say why."""
+    """Every backend as a pytest parameter; one that this machine has not, or without a gradient, skips and says why."""
     params = []
     for name in BACKENDS:
         if name in without:
@@ -87,11 +88,12 @@ def backends_and_dtypes(*, without: Sequence[str] = (), needs_grad: bool = False
 def backends_and(
     names: Iterable[str], few: Collection[str], *, without: Sequence[str] = (), needs_grad: bool = False
 ) -> list[Any]:
-    """(backend, name) as pytest parameters; where a backend is slow, only `few` of the names."""
+    """(backend, name) as pytest parameters; for Triton only `few` of the names: each new kind of call takes seconds to
+    compile, or to interpret."""
     params = []
     for param in backends(without=without, needs_grad=needs_grad):
         (backend,) = param.values
-        chosen = [name for name in names if name in few or not slow(backend)]
+        chosen = [name for name in names if name in few or backend != "triton"]
         for name in ["any"] if param.marks else chosen:
             params.append(pytest.param(backend, name, id=f"{backend}-{name}", marks=param.marks))
     return params
@@ -146,7 +148,7 @@ def one_block_a_segment() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Case:
-    """A call to make inputs for. `lengths` packs sequences; `past` are tokens each sequence has seen before the call."""
+    """A call to make inputs for. `lengths` packs sequences; `past`: the tokens that each has seen before the call."""
 
     tokens: int = 80
     window: int = 8
@@ -290,7 +292,7 @@ def bounds(args: Arguments) -> list[tuple[int, int]]:
     if args.get("cu_seqlens") is None:
         return [(0, args["q"].shape[1])]
     offsets = args["cu_seqlens"].tolist()
-    return list(zip(offsets[:-1], offsets[1:], strict=True))
+    return list(pairwise(offsets))
 
 
 def part(args: Arguments, ranges: Sequence[tuple[int, int]]) -> Arguments:
@@ -368,7 +370,7 @@ def in_pieces(args: Arguments, cuts: Sequence[int], run: Callable[[Arguments], O
     state = args.get("initial_state")
     outputs: list[list[Tensor]] = [[] for _ in whole]
     lses: list[list[Tensor]] = [[] for _ in whole]
-    for low, high in zip([0, *cuts], [*cuts, longest], strict=True):
+    for low, high in pairwise([0, *cuts, longest]):
         ranges = [(min(low, b - a), min(high, b - a)) for a, b in whole]
         piece = dict(part(args, ranges), initial_state=state)
         o, state, lse = run(piece)
@@ -389,9 +391,9 @@ def in_pieces(args: Arguments, cuts: Sequence[int], run: Callable[[Arguments], O
 # most that it may make. So the budget of each comparison is twice what naive itself loses in that dtype on the very
 # same inputs.
 MULTIPLE = 2
-# Where naive was lucky, as it may be with few numbers: a result still is the end of a chain of some sixteen roundings in
-# fp32 (gate, strength, decay, product, sum, logit, scale, maximum, exponential, ...), which at random make sqrt(16) of
-# one, and of one rounding to its own dtype.
+# Where naive was lucky, as it may be with few numbers: a result still is the end of a chain of some sixteen roundings
+# in fp32 (gate, strength, decay, product, sum, logit, scale, maximum, exponential, ...), which at random make sqrt(16)
+# of one, and of one rounding to its own dtype.
 CHAIN = 4 * torch.finfo(torch.float32).eps / 2
 # Two float64 results have no better judge. No mistake is this small; no sum of a few thousand roundings is this large.
 FLOAT64 = 1e-12

@@ -1,5 +1,8 @@
 """Bad input: every argument, its error's type, and a message that names it, what was expected and what came."""
 
+# One bad input a line, to be read as a table.
+# ruff: noqa: E501
+
 from __future__ import annotations
 
 import math
@@ -7,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -130,10 +134,13 @@ BAD: dict[str, Bad] = {
     "window_size is a pair": (PLAIN, value("window_size", (4, 0)), TypeError, r"^window_size: expected an integer >= 0; got \(4, 0\)"),
     "slot_delay is negative": (PLAIN, value("slot_delay", -2), ValueError, r"^slot_delay: expected an integer >= 0; got -2"),
     "slot_delay is a string": (PLAIN, value("slot_delay", "4"), TypeError, r"^slot_delay: expected an integer >= 0; got '4' of type str"),
-    "scale is infinite": (PLAIN, value("scale", math.inf), ValueError, r"^scale: expected a finite number; got inf"),
-    "scale is NaN": (PLAIN, value("scale", math.nan), ValueError, r"^scale: expected a finite number; got nan"),
-    "scale is a string": (PLAIN, value("scale", "1"), TypeError, r"^scale: expected a finite number; got '1'"),
-    "scale is a tensor": (PLAIN, value("scale", torch.ones(2)), TypeError, r"^scale: expected a finite number; got "),
+    "scale is infinite": (PLAIN, value("scale", math.inf), ValueError, r"^scale: expected a finite number > 0; got inf"),
+    "scale is NaN": (PLAIN, value("scale", math.nan), ValueError, r"^scale: expected a finite number > 0; got nan"),
+    "scale is 0": (PLAIN, value("scale", 0.0), ValueError, r"^scale: expected a finite number > 0; got 0\.0"),
+    "scale is negative": (PLAIN, value("scale", -0.5), ValueError, r"^scale: expected a finite number > 0; got -0\.5"),
+    "scale is a bool": (PLAIN, value("scale", True), TypeError, r"^scale: expected a finite number > 0; got True of type bool"),
+    "scale is a string": (PLAIN, value("scale", "1"), TypeError, r"^scale: expected a finite number > 0; got '1'"),
+    "scale is a tensor": (PLAIN, value("scale", torch.ones(2)), TypeError, r"^scale: expected a finite number > 0; got "),
     # switches
     "mask_empty_slots is a number": (PLAIN, value("mask_empty_slots", 1), TypeError, r"^mask_empty_slots: expected True or False; got 1 of type int"),
     "output_final_state is None": (PLAIN, value("output_final_state", None), TypeError, r"^output_final_state: expected True or False; got None"),
@@ -239,8 +246,9 @@ VALID: dict[str, tuple[Case, Callable[[Arguments], Arguments]]] = {
     "gates of 0": (Case(tokens=5, gates="0"), lambda args: {}),
     "gates of -inf": (Case(tokens=5, gates="-inf"), lambda args: {}),
     "gates of -0.0": (Case(tokens=5, gates="-0.0"), lambda args: {}),
-    "a negative scale": (Case(tokens=5), value("scale", -0.5)),
-    "a scale of 0": (Case(tokens=5), value("scale", 0)),
+    "a scale that is an integer": (Case(tokens=5), value("scale", 1)),
+    "a window and a delay of numpy": (Case(tokens=5), lambda args: {"window_size": np.int64(3), "slot_delay": np.int32(2)}),
+    "offsets with a stride": (Case(tokens=5), value("cu_seqlens", offsets(0, 9, 2, 9, 5)[::2])),
     "negative strengths": (Case(tokens=5), like("s", "g")),
     "tables longer than the sequence": (ROPE, tables(lambda x: x.repeat(3, 1), lambda x: x.repeat(3, 1))),
     "tables in 16 bits": (ROPE, tables(lambda x: x.bfloat16(), lambda x: x.bfloat16())),

@@ -194,7 +194,7 @@ def test_a_sequence_without_tokens_keeps_its_state() -> None:
 
 def test_the_default_scale_delay_and_strength() -> None:
     args = make(Case(window=5), device="cpu")
-    spelled_out = dict(args, scale=args["q"].shape[-1] ** -0.5, slot_delay=5, s=1 - args["g"].exp())
+    spelled_out = dict(args, scale=args["q"].shape[-1] ** -0.5, slot_delay=5, s=-args["g"].expm1())
     o, _ = native_hybrid_attention(**args, backend="naive")
     expected, _ = native_hybrid_attention(**spelled_out, backend="naive")
     assert torch.equal(o, expected)

@@ -58,7 +58,7 @@ def table(*, needs_grad: bool) -> list[Any]:
     for param in backends_and_dtypes(without=["naive"], needs_grad=needs_grad):
         backend, dtype = param.values
         names = ["every case"] if param.marks else list(GATES)
-        if slow(backend) and not param.marks:
+        if backend == "triton" and dtype != torch.bfloat16 and not param.marks:
             names = [name for name in GATES if name in FEW and (dtype == precise(backend) or name == "all kinds")]
         rows += [pytest.param(*param.values, name, id=f"{param.id}-{name}", marks=param.marks) for name in names]
     return rows

@@ -13,7 +13,7 @@ from nha_kernels.fused import limits
 from nha_kernels.problem import Inputs, Problem
 from nha_kernels.state import advance
 
-from .helpers import DEVICE, ON_GPU, Arguments, Case, Judge, Output, error, judge, make, parts
+from .helpers import DEVICE, ON_GPU, Arguments, Case, Judge, Output, error, judge, make, parts, zero_state
 
 reason = limits.why_unavailable(DEVICE)
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -85,3 +85,52 @@ def test_the_anchor_loses_no_more_than_its_cut(case: Case, gates: str) -> None:
     output = serve(args, {}, {"anchored": True})
     for name, x in parts(output).items():
         assert error(x, parts(answer)[name]) <= 2**-13, name
+
+
+@pytest.mark.parametrize("gate", [-1e-6, -1e-4, -1e-2, -0.09, -0.11, -1.0])
+def test_weak_gates_write_as_exactly_as_strong_ones(gate: float) -> None:
+    """1 - exp(g) cancels where g is near 0, and all slots would be wrong by the same factor."""
+    args = make(Case(tokens=64, window=4, kv_heads=1, group=1, gates=str(gate)), torch.float32)
+    judge(args).accept(serve(args, {}, {}))
+
+
+def test_large_logits_do_not_overflow_fp16() -> None:
+    """q . k alone is beyond fp16's range here; scaled it is not."""
+    args = make(Case(tokens=40, window=4, kv_heads=1, scale=1e-4), torch.float16)
+    args["q"], args["k"] = args["q"] * 90, args["k"] * 90
+    output = serve(args, {}, {})
+    reference = judge(dict(args, q=args["q"].float(), k=args["k"].float(), v=args["v"].float())).answer
+    assert error(output.o, reference.o) < 2**-8  # some roundings to fp16's 2^-11
+
+
+def test_initial_slots_without_room_for_tokens() -> None:
+    """A state that has seen nothing may bring slots of its own, and no ring."""
+    args = make(Case(tokens=20, window=4, kv_heads=1), torch.float32)
+    state = zero_state(args)
+    empty = {name: x[:, :0] for name, x in state.tensors().items() if name in ("k", "v", "g")}
+    slots = {name: torch.randn_like(x) for name, x in state.tensors().items() if name.startswith("slot")}
+    args["initial_state"] = replace(state, **empty, **slots)
+    judge(args).accept(serve(args, {}, {}))
+
+
+def test_strided_offsets_and_counts() -> None:
+    args = make(Case(tokens=40, lengths=(10, 30), past=(3, 3), window=4, kv_heads=1), torch.float32)
+    right = judge(args)
+    args["cu_seqlens"] = torch.stack((args["cu_seqlens"], args["cu_seqlens"] + 1), 1)[:, 0]
+    state = args["initial_state"]
+    args["initial_state"] = replace(state, seen=state.seen[:1].expand(2))
+    right.accept(serve(args, {}, {}))
+
+
+def test_many_short_sequences_take_no_more_states_than_their_tokens() -> None:
+    """States are stored by whole segments, so segments must be short where sequences are."""
+    from nha_kernels.fused.forward import ForwardConfig, describe
+
+    case = Case(tokens=4096, lengths=(8,) * 512, window=4, kv_heads=1, head_dim=64)
+    args = make(case, torch.float32, "cpu")
+    problem = explain(**args).problem
+    inputs = Inputs(args["q"], args["k"], args["v"], args["g"], None, None, None, None, 0.1, args["cu_seqlens"], None)
+    launches, _ = describe(problem, inputs, ForwardConfig.default(problem))
+    states = launches[0].arguments["p_states"]
+    chunk = launches[-1].arguments["C"]
+    assert len(states) <= 4 * (case.tokens // chunk + problem.sequences)

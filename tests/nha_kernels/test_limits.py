@@ -228,7 +228,7 @@ def test_the_order_of_the_slots_does_not_matter(backend: str) -> None:
 
 @pytest.mark.parametrize("backend", backends())
 def test_a_constant_on_all_logits_of_a_row_shifts_only_the_lse(backend: str) -> None:
-    """The last coordinate of every key is 1. With s = 1 - alpha and slots that begin at 1 there, a slot's last coordinate
+    """The last coordinate of every key is 1. With s = 1 - alpha and slots that begin at 1 there, that of a slot
     stays 1 too, so the last coordinate of q adds the same to every logit of its row."""
     args = inputs(Case(tokens=40, past=(20,), scale=0.25), backend)
     state = args["initial_state"]

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -337,8 +338,8 @@ def test_nan_is_not_hidden(backend: str) -> None:
     args = inputs(backend, Case(tokens=20, window=4, kv_heads=1))
     args["k"][:, 8] = torch.nan
     o, _, lse = call(args, backend)
-    assert o[:, 8:].isnan().all()
-    assert lse[:, 8:].isnan().all()
+    assert not o[:, 8:].isfinite().any()
+    assert not lse[:, 8:].isfinite().any()
 
 
 # ---- Inputs belong to the caller ----
@@ -387,7 +388,7 @@ def test_the_final_state_shares_no_memory_with_the_inputs(backend: str, past: tu
 # ---- Size ----
 
 LONG = """
-import json, resource, sys, time
+import json, re, sys, time
 import torch
 from nha_kernels import native_hybrid_attention
 
@@ -407,39 +408,44 @@ def run(tensors):
     if backward:
         o.sum().backward()
 
-def peak():  # in KiB on Linux, in bytes on macOS
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+def peak():
+    # Of this program: what resource.getrusage tells also counts the process that started it.
+    with open("/proc/self/status") as file:
+        status = file.read()
+    return 1024 * int(re.search(r"VmHWM:\\s*(\\d+) kB", status)[1])
 
 run(inputs(256))
 tensors, before, seconds = inputs(tokens), peak(), []
-for _ in range(3):
-    start = time.perf_counter()
+for _ in range(5):
+    start = time.process_time()  # the wall clock also counts what else the machine does
     run(tensors)
-    seconds.append(time.perf_counter() - start)
+    seconds.append(time.process_time() - start)
 print(json.dumps({"bytes": peak() - before, "seconds": min(seconds)}))
 """
 
 
 def measure(tokens: int, which: str) -> dict[str, float]:
-    """Peak memory above what was there before, and the fastest of three runs, in a process of its own."""
-    done = subprocess.run([sys.executable, "-c", LONG, str(tokens), which], capture_output=True, text=True, check=True)
+    """Peak memory above what was there before, and the processor time of the fastest run, in a process of its own."""
+    command = [sys.executable, "-c", LONG, str(tokens), which]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
     return json.loads(done.stdout)
 
 
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from Linux's /proc")
 @pytest.mark.parametrize("which", ["forward", "backward"])
 def test_a_long_sequence_takes_linear_time_and_memory(which: str) -> None:
-    pytest.importorskip("resource", reason="peak memory is read from the resource module, which Windows has not")
     short, long = measure(16384, which), measure(65536, which)
     # A T x T matrix of fp32 would be 17 GB; the inputs are 15 MB.
     assert long["bytes"] < 65536 * 65536 * 4 / 16
-    # Four times the tokens. What is left for noise: allocators keep what they have, and machines are shared.
-    assert long["bytes"] < 4 * max(short["bytes"], 64 * 2**20) * 1.25
+    # Four times the tokens, and a quarter for what an allocator keeps.
+    assert long["bytes"] < 4 * short["bytes"] * 1.25
+    # Quadratic time would be 16 times.
     assert long["seconds"] < 6 * short["seconds"]
 
 
 @pytest.mark.parametrize("backend", backends())
 def test_the_state_does_not_grow(backend: str) -> None:
-    """What a next segment needs is bounded by window and delay, not by what came before; nor does it keep a view of it."""
+    """What a next segment needs is bounded by window and delay, not by what came before; nor is it a view of that."""
     args = inputs(backend, Case(tokens=60, window=5, delay=9))
     state, zeros = call(args, backend).state, zero_state(args)
     assert state.capacity == 9

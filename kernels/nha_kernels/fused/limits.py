@@ -27,6 +27,11 @@ def why_not(problem: Problem) -> str | None:
     """Why `triton` cannot serve a call: the limits of the fused kernels."""
     if problem.needs_grad:
         return "the fused kernels have no backward yet"
+    if problem.capability is not None and not has_room(problem.capability):
+        return (
+            "the fused kernels are sized for GPUs with 163 KB of shared memory a block (compute capability 8.0, 8.7, "
+            f"9.0, 10.x, 11.0), this one has {'.'.join(map(str, problem.capability))}"
+        )
     if problem.dtype not in DTYPES:
         return f"the fused kernels take float16, bfloat16 or float32, not {str(problem.dtype).removeprefix('torch.')}"
     for name, size in (("D", problem.head_dim), ("Dv", problem.value_dim)):
@@ -37,3 +42,8 @@ def why_not(problem: Problem) -> str | None:
     if problem.device == "cpu" and problem.dtype == torch.bfloat16:
         return "Triton's interpreter computes bfloat16 wrongly"
     return None
+
+
+def has_room(capability: tuple[int, int]) -> bool:
+    """GPUs with at least 163 KB of shared memory a block: CUDA C++ programming guide, technical specifications."""
+    return capability in ((8, 0), (8, 7), (9, 0), (11, 0)) or capability[0] == 10

@@ -110,63 +110,76 @@ def tree_masks(level: tl.constexpr, tok, u):
 
 
 @triton.jit
-def slot_logits(b_dots, b_earlier, b_g, b_strength, tok, u, LEVELS: tl.constexpr, EXACT: tl.constexpr):
-    """q . K~ of a block of slots: b_dots [BR, J] = q . k masked to j <= e, b_earlier [BR, BM] = q . S0.
+def anchored_logits(b_dots, b_earlier, b_g, b_strength, tok, u):
+    """q . K~ of a block of slots by the one anchor.
 
-    b_g, b_strength [J, BM]. Gives the logits [BR, BM] and what the values need again: the rows' decay since `base`
-    (EXACT) or since the tile's first token, the tokens' factors [J, BM] and the decay from `base` to the tile [BM].
+    b_dots [BR, J] = scale * q . k, masked to j <= e; b_earlier [BR, BM] = scale * q . S0; b_g, b_strength [J, BM].
+    Gives the logits [BR, BM], and for the values the factors of rows [BR, BM], tokens [J, BM] and stored slots [BM]. A
+    gate of -inf keeps 2^-13 of the slots, which is below bf16's rounding.
     """
-    if EXACT:
-        b_g = at_least(b_g, FORGET)
-        b_decay = tl.exp2(sum_gates(u[None, :] <= tok[:, None], b_g, b_dots.dtype))
-        b_logit = b_earlier * b_decay
-        b_token = b_strength * tl.exp2(sum_gates((u[None, :] > u[:, None]) & (u[None, :] < 0), b_g, b_dots.dtype))
-        b_row = tl.exp2(sum_gates((u[None, :] >= 0) & (u[None, :] <= tok[:, None]), b_g, b_dots.dtype))
-        b_logit += dot(tl.where((u < 0)[None, :], b_dots, 0.0).to(b_dots.dtype), b_token.to(b_dots.dtype)) * b_row
-        m_self = u[None, :] == tok[:, None]
-        b_logit += dot(tl.where(m_self, b_dots, 0.0).to(b_dots.dtype), b_strength.to(b_dots.dtype))
-        for level in tl.static_range(LEVELS):
-            m_pair, m_row, m_token = tree_masks(level, tok, u)
-            b_token = b_strength * tl.exp2(sum_gates(m_token, b_g, b_dots.dtype))
-            b_row = tl.exp2(sum_gates(m_row, b_g, b_dots.dtype))
-            b_logit += dot(tl.where(m_pair, b_dots, 0.0).to(b_dots.dtype), b_token.to(b_dots.dtype)) * b_row
-        return b_logit, b_decay, b_strength, b_strength
-    else:
-        b_g = at_least(b_g, STRONGEST)
-        # Before the tile: the gates after a token up to the tile. In the tile: those up to the token, negative.
-        m_before = (u[None, :] > u[:, None]) & (u[None, :] < 0)
-        m_since = (u[None, :] >= 0) & (u[None, :] <= u[:, None])
-        b_sums = sum_gates(m_before.to(tl.float32) - m_since.to(tl.float32), b_g, b_dots.dtype)
-        b_token = b_strength * tl.exp2(b_sums - ANCHOR)
-        b_row = tl.exp2(sum_gates((u[None, :] >= 0) & (u[None, :] <= tok[:, None]), b_g, b_dots.dtype) + ANCHOR)
-        b_before = tl.sum(tl.where((u < 0)[:, None], b_g.to(tl.float32), 0.0), 0) * LOG2E
-        b_before = tl.exp2(b_before - ANCHOR)
-        b_logit = (b_earlier * b_before[None, :] + dot(b_dots, b_token.to(b_dots.dtype))) * b_row
-        return b_logit, b_row, b_token, b_before
+    b_g = at_least(b_g, STRONGEST)
+    # Before the tile: the gates after a token up to the tile. In the tile: those up to the token, negative.
+    m_before = (u[None, :] > u[:, None]) & (u[None, :] < 0)
+    m_since = (u[None, :] >= 0) & (u[None, :] <= u[:, None])
+    b_sums = sum_gates(m_before.to(tl.float32) - m_since.to(tl.float32), b_g, b_dots.dtype)
+    b_token = b_strength * tl.exp2(b_sums - ANCHOR)
+    b_row = tl.exp2(sum_gates((u[None, :] >= 0) & (u[None, :] <= tok[:, None]), b_g, b_dots.dtype) + ANCHOR)
+    b_stored = tl.exp2(tl.sum(tl.where((u < 0)[:, None], b_g.to(tl.float32), 0.0), 0) * LOG2E - ANCHOR)
+    b_logit = (b_earlier * b_stored[None, :] + dot(b_dots, b_token.to(b_dots.dtype))) * b_row
+    return b_logit, b_row, b_token, b_stored
 
 
 @triton.jit
-def slot_weights(b_p, b_decay, b_token, b_before, b_g, tok, u, LEVELS: tl.constexpr, EXACT: tl.constexpr, dtype):
-    """What a row's slot weights b_p [BR, BM] come to: on the stored slots [BR, BM], and on the tokens since [BR, J]."""
-    if EXACT:
-        b_g = at_least(b_g, FORGET)
-        b_strength = b_token
-        b_token = b_strength * tl.exp2(sum_gates((u[None, :] > u[:, None]) & (u[None, :] < 0), b_g, dtype))
-        b_row = tl.exp2(sum_gates((u[None, :] >= 0) & (u[None, :] <= tok[:, None]), b_g, dtype))
-        b_w = dot((b_p * b_row).to(dtype), tl.trans(b_token.to(dtype)))
-        b_w = tl.where((u < 0)[None, :], b_w, 0.0)
-        b_w += tl.where(u[None, :] == tok[:, None], dot(b_p.to(dtype), tl.trans(b_strength.to(dtype))), 0.0)
-        for level in tl.static_range(LEVELS):
-            m_pair, m_row, m_token = tree_masks(level, tok, u)
-            b_token = b_strength * tl.exp2(sum_gates(m_token, b_g, dtype))
-            b_row = tl.exp2(sum_gates(m_row, b_g, dtype))
-            b_w += tl.where(m_pair, dot((b_p * b_row).to(dtype), tl.trans(b_token.to(dtype))), 0.0)
-        return b_p * b_decay, b_w
-    else:
-        b_scaled = b_p * b_decay
-        # Entries of later tokens may be inf; they are masked with the rest.
-        b_w = dot(b_scaled.to(dtype), tl.trans(b_token.to(dtype)))
-        return b_scaled * b_before[None, :], tl.where(u[None, :] <= tok[:, None], b_w, 0.0)
+def anchored_weights(b_p, b_row, b_token, b_stored, tok, u, dtype):
+    """What slot weights b_p [BR, BM] come to: on the stored slots [BR, BM], and on the tokens since [BR, J]."""
+    b_scaled = b_p * b_row
+    # Entries of later tokens may be inf; they are masked with the rest.
+    b_w = dot(b_scaled.to(dtype), tl.trans(b_token.to(dtype)))
+    return b_scaled * b_stored[None, :], tl.where(u[None, :] <= tok[:, None], b_w, 0.0)
+
+
+@triton.jit
+def exact_logits(b_dots, b_earlier, b_g, b_strength, tok, u, LEVELS: tl.constexpr):
+    """q . K~ of a block of slots by the tree, [BR, BM]; arguments as for `anchored_logits`."""
+    dtype = b_dots.dtype
+    b_logit = b_earlier * tl.exp2(sum_gates(u[None, :] <= tok[:, None], b_g, dtype))
+    b_token, b_row = factors_before(b_g, b_strength, tok, u, dtype)
+    b_logit += dot(tl.where((u < 0)[None, :], b_dots, 0.0).to(dtype), b_token.to(dtype)) * b_row
+    m_self = u[None, :] == tok[:, None]
+    b_logit += dot(tl.where(m_self, b_dots, 0.0).to(dtype), b_strength.to(dtype))
+    for level in tl.static_range(LEVELS):
+        m_pair, b_token, b_row = factors_at(level, b_g, b_strength, tok, u, dtype)
+        b_logit += dot(tl.where(m_pair, b_dots, 0.0).to(dtype), b_token.to(dtype)) * b_row
+    return b_logit
+
+
+@triton.jit
+def exact_weights(b_p, b_g, b_strength, tok, u, LEVELS: tl.constexpr, dtype):
+    """What slot weights come to, by the tree; arguments and results as for `anchored_weights`."""
+    b_token, b_row = factors_before(b_g, b_strength, tok, u, dtype)
+    b_w = dot((b_p * b_row).to(dtype), tl.trans(b_token.to(dtype)))
+    b_w = tl.where((u < 0)[None, :], b_w, 0.0)
+    b_w += tl.where(u[None, :] == tok[:, None], dot(b_p.to(dtype), tl.trans(b_strength.to(dtype))), 0.0)
+    for level in tl.static_range(LEVELS):
+        m_pair, b_token, b_row = factors_at(level, b_g, b_strength, tok, u, dtype)
+        b_w += tl.where(m_pair, dot((b_p * b_row).to(dtype), tl.trans(b_token.to(dtype))), 0.0)
+    return b_p * tl.exp2(sum_gates(u[None, :] <= tok[:, None], b_g, dtype)), b_w
+
+
+@triton.jit
+def factors_before(b_g, b_strength, tok, u, dtype):
+    """Of tokens before the tile [J, BM] and of rows [BR, BM], both referred to the tile's first token."""
+    b_token = b_strength * tl.exp2(sum_gates((u[None, :] > u[:, None]) & (u[None, :] < 0), b_g, dtype))
+    b_row = tl.exp2(sum_gates((u[None, :] >= 0) & (u[None, :] <= tok[:, None]), b_g, dtype))
+    return b_token, b_row
+
+
+@triton.jit
+def factors_at(level: tl.constexpr, b_g, b_strength, tok, u, dtype):
+    """At one level of the tree: which pairs (row, token) [BR, J], and the factors of tokens and rows."""
+    m_pair, m_row, m_token = tree_masks(level, tok, u)
+    b_token = b_strength * tl.exp2(sum_gates(m_token, b_g, dtype))
+    return m_pair, b_token, tl.exp2(sum_gates(m_row, b_g, dtype))
 
 
 @triton.jit(do_not_specialize=["T", "R", "P", "W", "delay", "C", "CHUNKS", "tiles", "segments", "N"])
@@ -175,7 +188,7 @@ def output_kernel(
     T, R, P, W, delay, C, CHUNKS, tiles, segments, N, scale,
     HQ: tl.constexpr, H: tl.constexpr, D: tl.constexpr, DV: tl.constexpr, M: tl.constexpr,
     BR: tl.constexpr, BT: tl.constexpr, HB: tl.constexpr, J: tl.constexpr,
-    BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, LEVELS: tl.constexpr,
+    BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BH: tl.constexpr, LEVELS: tl.constexpr,
     MASK_EMPTY: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
     """One tile of BT tokens and HB query heads of a kv head, as BR rows.
@@ -224,7 +237,8 @@ def output_kernel(
     m_token = (position >= -waiting) & (position < length) & (u < BT)  # later gates would overflow the anchor
     b_k = load_tokens(tokens.k, recent.k, start, n, seen, position, m_token, h, H, R, D, d, m_d)  # [J, BD]
     b_dots = dot(b_q, tl.trans(b_k))  # [BR, J]
-    b_dots = tl.where(u[None, :] <= tok[:, None], b_dots, 0.0).to(dtype)
+    # Scaled before it is rounded: a bare q . k may overflow fp16.
+    b_dots = tl.where(u[None, :] <= tok[:, None], b_dots * scale, 0.0).to(dtype)
     if layout.cu_seqlens is None:
         first = n * segments
     else:
@@ -247,16 +261,21 @@ def output_kernel(
         p_slot = p_states + (state * M + m) * E
         m_state = m_slot & (chunk >= 0)
         b_k0 = tl.load(p_slot[:, None] + d[None, :], mask=m_state[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
-        b_earlier = dot(b_q, tl.trans(b_k0))
-        b_logit, b_decay, b_factor, b_before = slot_logits(
-            b_dots, b_earlier, b_g, b_strength, tok, u, LEVELS, EXACT
-        )  # [BR, BM]
-        b_logit = tl.where(m_slot[None, :], b_logit * (scale * LOG2E), float("-inf"))
+        b_earlier = dot(b_q, tl.trans(b_k0)) * scale
+        if EXACT:
+            b_g = at_least(b_g, FORGET)
+            b_logit = exact_logits(b_dots, b_earlier, b_g, b_strength, tok, u, LEVELS)  # [BR, BM]
+        else:
+            b_logit, b_decay, b_token, b_before = anchored_logits(b_dots, b_earlier, b_g, b_strength, tok, u)
+        b_logit = tl.where(m_slot[None, :], b_logit * LOG2E, float("-inf"))
         if MASK_EMPTY:
             m_empty = t - delay < -waiting
             b_logit = tl.where(m_empty[:, None], float("-inf"), b_logit)
         b_p, b_rescale, b_max, b_sum = softmax_step(b_logit, b_max, b_sum)
-        b_stored, b_new = slot_weights(b_p, b_decay, b_factor, b_before, b_g, tok, u, LEVELS, EXACT, dtype)
+        if EXACT:
+            b_stored, b_new = exact_weights(b_p, b_g, b_strength, tok, u, LEVELS, dtype)  # [BR, BM], [BR, J]
+        else:
+            b_stored, b_new = anchored_weights(b_p, b_decay, b_token, b_before, tok, u, dtype)
         b_v0 = tl.load(p_slot[:, None] + D + dv[None, :], mask=m_state[:, None] & m_dv[None, :], other=0.0)  # [BM, BDV]
         b_o = b_o * b_rescale[:, None] + dot(b_stored.to(dtype), b_v0)
         b_w = b_w * b_rescale[:, None] + b_new
@@ -270,11 +289,11 @@ def output_kernel(
         blocks = 0
     if rope is not None:
         HALF: tl.constexpr = D // 2
-        half = tl.arange(0, BD // 2)
+        half = tl.arange(0, BH)
         m_half = half < HALF
         p_lower = p_q + row[:, None] * D + half[None, :]
         mask = m_row[:, None] & m_half[None, :]
-        b_lower = tl.load(p_lower, mask=mask, other=0.0)  # [BR, BD/2]
+        b_lower = tl.load(p_lower, mask=mask, other=0.0)  # [BR, BH]
         b_upper = tl.load(p_lower + HALF, mask=mask, other=0.0)
         b_lower, b_upper = rotate(b_lower, b_upper, rope[0], rope[1], seen + t, m_row, P, half, m_half, HALF)
     else:
@@ -287,7 +306,7 @@ def output_kernel(
             b_kl = load_tokens(tokens.k_window, p_recent, start, n, seen, key, m_key, h, H, R, D, half, m_half)
             b_ku = load_tokens(
                 tokens.k_window, p_recent, start, n, seen, key, m_key, h, H, R, D, half + HALF, m_half
-            )  # [BN, BD/2]
+            )  # [BN, BH]
             b_kl, b_ku = rotate(b_kl, b_ku, rope[0], rope[1], seen + key, m_key, P, half, m_half, HALF)
             b_logit = dot(b_lower, tl.trans(b_kl)) + dot(b_upper, tl.trans(b_ku))
         else:
@@ -327,7 +346,8 @@ def output_launch(
         scale=float(inputs.scale), HQ=problem.q_heads, H=problem.kv_heads, D=problem.head_dim, DV=problem.value_dim,
         M=problem.slots, C=stored.chunk, CHUNKS=stored.chunks_a_segment, BR=config.rows, BT=tile_tokens, HB=tile_heads,
         J=max(16, triton.next_power_of_2(since_stored)), BN=config.keys, BM=config.slots,
-        BD=max(16, triton.next_power_of_2(problem.head_dim)), BDV=max(16, triton.next_power_of_2(problem.value_dim)),
+        BD=triton.next_power_of_2(problem.head_dim), BDV=triton.next_power_of_2(problem.value_dim),
+        BH=max(16, triton.next_power_of_2(problem.head_dim) // 2),
         LEVELS=(tile_tokens - 1).bit_length(), MASK_EMPTY=problem.mask_empty_slots, EXACT=not config.anchored,
     )  # fmt: skip
     count = tiles if problem.packed else tiles * problem.sequences

@@ -146,7 +146,10 @@ def sum_gates_transposed(b_g, m_columns, dtype):
 def write_strength(b_g, b_s):
     """s = 1 - exp(g), or what the call gave, in fp32."""
     if b_s is None:
-        return 1.0 - tl.exp2(b_g.to(tl.float32) * LOG2E)
+        # Weak gates would cancel; down to -0.1 six terms of the series are exact to fp32.
+        b_x = b_g.to(tl.float32)
+        b_series = 1.0 + b_x * (0.5 + b_x * (1 / 6 + b_x * (1 / 24 + b_x * (1 / 120 + b_x * (1 / 720)))))
+        return tl.where(b_x > -0.1, -b_x * b_series, 1.0 - tl.exp2(b_x * LOG2E))
     else:
         return b_s.to(tl.float32)
 
@@ -197,18 +200,24 @@ class Operands:
     @classmethod
     def of(cls, problem: Problem, inputs: Inputs) -> Operands:
         """Gather the operands of a call; copies only what is not contiguous."""
-        state = inputs.state if inputs.state is not None and inputs.state.capacity > 0 else None
+        state = inputs.state
+        if state is not None and state.capacity == 0:
+            # Nothing was seen yet, or nothing of it matters any more: then the slots alone are the state.
+            state = state.with_full_capacity() if problem.delay > 0 else None
         places = 0 if state is None else state.capacity
+        cu_seqlens = inputs.cu_seqlens
+        if cu_seqlens is not None:  # unchecked where that would wait for the device; in bounds they must be
+            cu_seqlens = cu_seqlens.clamp(0, problem.tokens).cummax(0).values
         return cls(
             tokens=_contiguous(inputs.k, inputs.v, inputs.g, inputs.s, inputs.k_window),
             recent=Tokens(None, None, None, None, None)
             if state is None
             else _contiguous(state.k, state.v, state.g, state.s, state.k_window),
-            cu_seqlens=inputs.cu_seqlens,
-            seen=None if state is None else state.seen,
+            cu_seqlens=cu_seqlens,
+            seen=None if state is None else state.seen.contiguous(),
             recent_places=places,
             window=min(problem.window, problem.tokens + places),
-            delay=min(problem.delay, problem.tokens) if state is None else problem.delay,
+            delay=min(problem.delay, problem.tokens + places),
         )
 
     def pieces(self, problem: Problem, extra: int, size: int) -> tuple[int, Layout]:

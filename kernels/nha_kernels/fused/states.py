@@ -67,7 +67,9 @@ def _segment_length(problem: Problem) -> int:
     columns = -(-problem.head_dim // 128) + -(-problem.value_dim // 128)
     programs_per_token = problem.batch * problem.kv_heads * columns * -(-problem.slots // 64)
     length = problem.tokens * programs_per_token // 512
-    return min(1024, max(128, triton.next_power_of_2(length + 1) // 2))
+    if problem.packed:  # states are stored by whole segments: many short sequences must not pay for long ones
+        length = min(length, 2 * problem.tokens // problem.sequences)
+    return min(1024, max(64, triton.next_power_of_2(length + 1) // 2))
 
 
 @dataclass(frozen=True, slots=True)
