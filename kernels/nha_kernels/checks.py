@@ -249,7 +249,8 @@ def _tensors(inputs: Inputs) -> dict[str, Tensor]:
         if not isinstance(inputs.rope, (tuple, list)) or len(inputs.rope) != 2:
             _fail("rope", "a pair (cos, sin)", type(inputs.rope).__name__, TypeError)
         named["rope[0]"], named["rope[1]"] = inputs.rope
-    return {name: x for name, x in named.items() if x is not None or name in ("q", "k", "v", "g")}
+    required = ("q", "k", "v", "g", "rope[0]", "rope[1]")
+    return {name: x for name, x in named.items() if x is not None or name in required}
 
 
 def _shape(x: Tensor) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .gates import write_strength
 from .problem import Inputs, Problem, accumulate_dtype
 from .rope import rotate
 
@@ -37,7 +38,7 @@ def decode_step(problem: Problem, inputs: Inputs) -> tuple[Tensor, Tensor]:
         exists = state.seen >= problem.delay
     exists = exists[:, None, None]
     g = torch.where(exists, entering["g"].to(wide), torch.zeros((), dtype=wide, device=row.device))
-    s = -torch.expm1(g) if inputs.s is None else torch.where(exists, entering["s"].to(wide), torch.zeros_like(g))
+    s = write_strength(g) if inputs.s is None else torch.where(exists, entering["s"].to(wide), torch.zeros_like(g))
     for slot, x in ((state.slot_k, entering["k"]), (state.slot_v, entering["v"])):
         written = torch.where(exists[..., None], s[..., None] * x.to(wide)[:, :, None], torch.zeros_like(slot))
         slot.mul_(g.exp()[..., None]).add_(written)
@@ -76,13 +77,16 @@ def _attend(problem: Problem, inputs: Inputs, slots_in_use: Tensor) -> tuple[Ten
         visible = (position >= 0) & (position > (state.seen - problem.window)[:, None])
         recent = torch.einsum("nhgd,njhd->nhgj", q_window, recent_k.to(wide))
         logits.append(recent.masked_fill(~visible[:, None, None], float("-inf")))
-        values.append(state.v.to(wide).transpose(1, 2))
+        # What an empty place holds must not matter, and 0 * NaN would.
+        seen_v = torch.where(visible[..., None, None], state.v, torch.zeros_like(state.v))
+        values.append(seen_v.to(wide).transpose(1, 2))
     if problem.window > 0:
         logits.append(torch.einsum("nhgd,nhd->nhg", q_window, k_window.to(wide))[..., None])
         values.append(inputs.v[:, 0].to(wide)[:, :, None])
     scores = torch.cat(logits, dim=-1) * inputs.scale
     lse = scores.logsumexp(-1, keepdim=True)
-    weights = torch.exp(scores - torch.where(lse.isneginf(), torch.zeros_like(lse), lse))
+    # Nothing to attend to (lse = -inf) is an output of 0.
+    weights = scores.softmax(-1).masked_fill(lse.isneginf(), 0)
     o = torch.einsum("nhgj,nhjv->nhgv", weights, torch.cat(values, dim=2))
     shape = (problem.sequences, 1, problem.q_heads)
     return o.reshape(*shape, problem.value_dim).to(problem.dtype), lse.reshape(shape)

@@ -11,6 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from .gates import write_strength
 from .problem import Inputs, Problem, Result, accumulate_dtype
 from .rope import rotate
 from .state import RECENT, NHAState
@@ -101,7 +102,7 @@ def _steps(
         if absorbed >= 0:
             gate = tokens["g"][:, absorbed].to(wide).unsqueeze(-1)  # [S, H, M, 1]
             alpha = torch.exp(gate)
-            strength = tokens["s"][:, absorbed].to(wide).unsqueeze(-1) if "s" in tokens else -torch.expm1(gate)
+            strength = tokens["s"][:, absorbed].to(wide).unsqueeze(-1) if "s" in tokens else write_strength(gate)
             slot_k = alpha * slot_k + strength * tokens["k"][:, absorbed].to(wide).unsqueeze(-2)
             slot_v = alpha * slot_v + strength * tokens["v"][:, absorbed].to(wide).unsqueeze(-2)
         window = slice(max(0, past + t + 1 - problem.window), past + t + 1)

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_offsets
+from .gates import write_strength
 from .problem import Inputs, Problem, accumulate_dtype
 from .rope import rotate
 
@@ -288,7 +289,7 @@ def slot_tokens(
         return torch.where(exists, x, torch.zeros_like(x)).unflatten(1, (-1, CHUNK)).flatten(0, 1)
 
     g = g.to(wide)
-    strength = -torch.expm1(g) if s is None else s.to(wide)
+    strength = write_strength(g) if s is None else s.to(wide)
     kv = torch.cat((k, v), dim=-1).to(wide)
     return SlotTokens(chunked(g.clamp(min=FORGET)), chunked(strength), chunked(kv))
 
@@ -311,7 +312,8 @@ def remember(tokens: SlotTokens, segment: Segment, begin: Tensor | None, carry: 
     entering = torch.cat((carry[None], added[:-1]))
     entering = entering.index_fill(0, first, 0) if begin is None else entering.index_copy(0, first, begin)
     forgetting = torch.cat((torch.zeros_like(total[:1]), total[:-1])).index_fill(0, first, FORGET)
-    state = scan(forgetting, entering)
+    begins = torch.zeros(len(g), dtype=torch.bool, device=g.device).index_fill(0, first, True)
+    state = scan(forgetting, entering, begins)
     last = slice(chunks - 1, None, chunks)
     after_block = total[last].exp()[..., None] * state[last] + added[last]
 
@@ -326,10 +328,11 @@ def remember(tokens: SlotTokens, segment: Segment, begin: Tensor | None, carry: 
     return Memory(state, per_head.cumsum(2).exp(), weight), after_block
 
 
-def scan(log_decay: Tensor, x: Tensor) -> Tensor:
-    """y_i = exp(log_decay_i) * y_{i-1} + x_i with y_{-1} = 0, over the first axis: log_decay [c, H, M], x [c, H, M, E].
+def scan(log_decay: Tensor, x: Tensor, begins: Tensor) -> Tensor:
+    """y_i = exp(log_decay_i) * y_{i-1} + x_i over the first axis, and y_i = x_i where a sequence begins [c] bool.
 
-    A tree of RADIX branches: groups are scanned side by side, then the groups' ends the same way.
+    log_decay [c, H, M], x [c, H, M, E]. A tree of RADIX branches: groups are scanned side by side, then the groups'
+    ends the same way. A begin is a mask and not only a decay of 0, so that a NaN stays in its own sequence.
     """
     count = len(x)
     groups = -(-count // RADIX)
@@ -337,17 +340,22 @@ def scan(log_decay: Tensor, x: Tensor) -> Tensor:
     if padding:
         log_decay = torch.cat((log_decay, log_decay.new_zeros(padding, *log_decay.shape[1:])))
         x = torch.cat((x, x.new_zeros(padding, *x.shape[1:])))
+        begins = torch.cat((begins, begins.new_zeros(padding)))
     log_decay = log_decay.unflatten(0, (groups, RADIX))
     x = x.unflatten(0, (groups, RADIX))
+    begins = begins.unflatten(0, (groups, RADIX))[..., None, None, None]
     decay = log_decay.exp()[..., None]
     y = [x[:, 0]]
     for i in range(1, RADIX):
-        y.append(torch.addcmul(x[:, i], decay[:, i], y[-1]))
+        y.append(torch.addcmul(x[:, i], decay[:, i], y[-1].masked_fill(begins[:, i], 0)))
     local = torch.stack(y, dim=1)  # [groups, RADIX, H, M, E]
     if groups > 1:
-        ends = scan(log_decay.sum(1).clamp(min=FORGET)[:-1], local[:-1, -1])
+        total = log_decay.sum(1).clamp(min=FORGET)
+        ends = scan(total[:-1], local[:-1, -1], begins[:-1].any(1).flatten())
         reach = log_decay[1:].cumsum(1).exp()[..., None]
-        local = torch.cat((local[:1], torch.addcmul(local[1:], reach, ends[:, None])))
+        apart = begins[1:].cumsum(1) > 0  # from a begin in the group on, the groups before do not matter
+        earlier = ends[:, None].expand_as(local[1:]).masked_fill(apart, 0)
+        local = torch.cat((local[:1], torch.addcmul(local[1:], reach, earlier)))
     return local.flatten(0, 1)[:count]
 
 
