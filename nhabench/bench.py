@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,20 +15,22 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nhabench.baselines import baselines
-from nhabench.ceilings import measure_ceilings
+from nhabench.ceilings import measure_ceilings, warm_up
 from nhabench.contender import Contender
-from nhabench.environment import read_environment
+from nhabench.environment import GIT_SHA_VARIABLE, read_environment
+from nhabench.errors import first_line
 from nhabench.gpu import GpuWatch
 from nhabench.implementations import implementations
 from nhabench.measure import DeviceLost, Lab, measure_case
-from nhabench.plan import CPU_SECONDS, affordable, estimated_seconds
+from nhabench.plan import CPU_LIMIT, affordable, estimated_seconds
 from nhabench.plots import draw_all
 from nhabench.results import ResultFile, Row
 from nhabench.tables import print_tables
 from nhabench.timing import CudaEvents, WallClock
 from nhabench.workloads import Case
 
-EXIT_OK, EXIT_WRONG, EXIT_DEVICE, EXIT_DISK, EXIT_INTERRUPTED = 0, 1, 70, 74, 130
+EXIT_OK, EXIT_WRONG, EXIT_INCOMPLETE, EXIT_DEVICE, EXIT_DISK = 0, 1, 3, 70, 74
+EXIT_INTERRUPTED, EXIT_TERMINATED = 130, 143
 CSV_NAME = "forward.csv"
 
 
@@ -63,10 +68,32 @@ def all_contenders(only: Sequence[str] = ()) -> list[Contender]:
     return sorted(chosen, key=lambda contender: contender.name == "naive")
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which ends a run as Ctrl-C does."""
+
+
+@contextlib.contextmanager
+def _terminable() -> Iterator[None]:
+    """Inside, SIGTERM raises Terminated. Only a main thread is told of signals."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(number: int, frame: object) -> None:
+        raise Terminated
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
 def make_lab(options: Options) -> Lab:
     """Open the device: timer, clocks, provenance, ceilings."""
     if options.device.type == "cuda":
         torch.cuda.set_device(options.device)
+        warm_up(options.device)  # before anything is measured, the timer's own sleep included
     timer = CudaEvents() if options.device.type == "cuda" else WallClock()
     watch = GpuWatch(options.device)
     environment = read_environment(options.device, watch, options.command)
@@ -77,33 +104,62 @@ def make_lab(options: Options) -> Lab:
 def run(options: Options, console: Console, progress: Console) -> Outcome:
     """Run the bench. Tables and paths go to `console`, the progress bar and troubles to `progress`.
 
-    The exit code of the outcome: 0, 1 when an NHA implementation was wrong, 70 when the device was lost, 74 when a file
-    could not be written, 130 after Ctrl-C. What was measured until then is in the CSV in every case.
+    The exit code of the outcome: 0; 1 when an NHA implementation was wrong; 3 when another row ended as failed, out of
+    memory or incorrect; 70 when the device was lost, 74 when a file could not be written, 130 after Ctrl-C, 143 after
+    SIGTERM. What was measured until then is in the CSV in every case.
     """
     results = ResultFile(options.output / CSV_NAME)
     outcome = Outcome(results.path)
-    try:
-        with torch.no_grad():
+    with torch.no_grad(), _terminable():
+        try:
             _measure(options, results, outcome, progress)
-    except KeyboardInterrupt:
-        outcome.exit_code = EXIT_INTERRUPTED
-        progress.print("Interrupted: the cases that were finished are kept.")
-    except DeviceLost as error:
-        outcome.exit_code = EXIT_DEVICE
-        progress.print(f"The device stopped answering: {error}. The cases that were finished are kept.")
-    except OSError as error:
-        outcome.exit_code = EXIT_DISK
-        progress.print(
-            f"Could not write {results.path.name}: {error.strerror or error}. The file is as it was before this case."
-        )
-    if outcome.exit_code == EXIT_OK and any(row.family == "nha" and row.status == "incorrect" for row in outcome.rows):
-        outcome.exit_code = EXIT_WRONG
-    _show(results, outcome, console, progress)
+        except KeyboardInterrupt as stop:
+            _interrupted(outcome, stop, progress)
+        except DeviceLost as error:
+            outcome.exit_code = EXIT_DEVICE
+            progress.print(f"{error}. The cases that were finished are kept.", soft_wrap=True)
+        except OSError as error:
+            outcome.exit_code = EXIT_DISK
+            problem = error.strerror or error
+            progress.print(f"Could not write {results.path.name}: {problem}. The file is as it was before this case.")
+        try:
+            _show(results, outcome, console, progress)
+        except KeyboardInterrupt as stop:
+            _interrupted(outcome, stop, progress)
+    outcome.exit_code = outcome.exit_code or _verdict(outcome.rows)
     return outcome
 
 
+def _interrupted(outcome: Outcome, stop: KeyboardInterrupt, progress: Console) -> None:
+    outcome.exit_code = EXIT_TERMINATED if isinstance(stop, Terminated) else EXIT_INTERRUPTED
+    word = "Terminated" if isinstance(stop, Terminated) else "Interrupted"
+    progress.print(f"{word}: the cases that were finished are kept.")
+
+
+def _verdict(rows: Sequence[Row]) -> int:
+    """The exit code of a run that came to its end. What could not run here, or was skipped, is no failure."""
+    if any(row.family == "nha" and row.status == "incorrect" for row in rows):
+        return EXIT_WRONG
+    if any(row.status in ("failed", "out of memory", "incorrect") for row in rows):
+        return EXIT_INCOMPLETE
+    return EXIT_OK
+
+
+def _open(options: Options) -> Lab:
+    try:
+        return make_lab(options)
+    except (RuntimeError, MemoryError) as error:
+        raise DeviceLost(f"The device could not be opened: {first_line(error)}") from error
+
+
 def _measure(options: Options, results: ResultFile, outcome: Outcome, progress: Console) -> None:
-    lab = make_lab(options)
+    lab = _open(options)
+    if not lab.environment.git_sha:
+        progress.print(
+            f"git knows no commit of this code, and {GIT_SHA_VARIABLE} names none (a sha, or a sha and '+dirty'): "
+            "the rows will not say which code was measured.",
+            soft_wrap=True,
+        )
     cases = list(options.cases)
     trim = options.trim and options.device.type == "cpu"
     if trim:
@@ -120,7 +176,9 @@ def _measure(options: Options, results: ResultFile, outcome: Outcome, progress: 
     with _bar(progress) as bar:
         task = bar.add_task("", total=sum(weights))
         for number, (case, weight) in enumerate(zip(cases, weights, strict=True), start=1):
-            if trim and time.monotonic() - began > CPU_SECONDS:  # slower than estimated: others use it too
+            elapsed, planned = time.monotonic() - began, sum(weights[: number - 1])
+            # Slower than estimated: others use the machine too.
+            if trim and planned and elapsed + weight * max(1.0, elapsed / planned) > CPU_LIMIT:
                 progress.print(
                     f"Out of time: {case} and what follows is left out; --workload names it.", soft_wrap=True
                 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import torch
@@ -10,6 +11,17 @@ from nhabench.floors import Ceilings
 from nhabench.timing import Timer, summarise
 
 TURNS = {"cuda": 40, "cpu": 7}
+
+
+def warm_up(device: torch.device, seconds: float = 0.4, size: int = 4096) -> None:
+    """Keep a GPU busy until its clocks are up: an idle one runs at a fraction of them, and takes a while to rise."""
+    a = torch.randn(size, size, device=device, dtype=torch.bfloat16)
+    product = torch.empty_like(a)
+    begin = time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        for _ in range(16):
+            torch.mm(a, a, out=product)
+        torch.cuda.synchronize(device)
 
 
 def measure_ceilings(device: torch.device, dtype: torch.dtype, timer: Timer) -> Ceilings:
@@ -28,5 +40,6 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, timer: Timer) -> 
 
 
 def _median_ms(call: Callable[[], object], timer: Timer, turns: int) -> float:
-    samples = [timer.round([call])[0] for _ in range(turns)]
+    stopwatch = timer.stopwatch()
+    samples = [stopwatch(call).ms for _ in range(turns)]
     return summarise(samples[turns // 2 :]).median_ms  # the first half brings the clocks up

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,6 +20,8 @@ from nhabench.environment import device_slug
 from nhabench.plots import draw_all
 from nhabench.results import load_rows
 from nhabench.workloads import DTYPES, SEQ_LENS, Workload, cases, load_workloads, select
+
+WIDE = 200  # columns of output that is not a terminal's
 
 app = typer.Typer(
     help="Race Native Hybrid Attention against full, window-only and linear attention.",
@@ -115,7 +118,8 @@ def bench(
     """Check every implementation against the reference, then time all of them and the baselines, interleaved.
 
     Writes forward.csv and plots. Rows of earlier runs stay unless this run measures the same again. Exit code 1: an NHA
-    implementation was wrong; 74: a file could not be written; 130: interrupted (what was measured is kept).
+    implementation was wrong; 3: something failed, ran out of memory or a baseline was wrong; 70: the device was lost;
+    74: a file could not be written; 130 or 143: interrupted or terminated. What was measured is kept in every case.
     """
     _at_least(1, slots=slots, tokens=tokens)
     _at_least(0, window=window, seconds_per_case=seconds_per_case)
@@ -147,10 +151,18 @@ def bench(
     raise typer.Exit(_run(options, as_json))
 
 
+def _console(**settings: Any) -> Console:
+    """As wide as the terminal; in a file or a pipe, unless COLUMNS says, as wide as a table with every length."""
+    console = Console(**settings)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDE
+    return console
+
+
 def _run(options: Options, as_json: bool) -> int:
     """Run, print, and return the exit code."""
     try:
-        outcome = run(options, Console(quiet=as_json), Console(stderr=True))
+        outcome = run(options, _console(quiet=as_json), _console(stderr=True))
     except (ValueError, OSError) as error:  # of a forward.csv that is there already
         raise typer.BadParameter(str(error), param_hint="--output") from error
     if as_json:

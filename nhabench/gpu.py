@@ -23,7 +23,7 @@ _REASONS = {
 
 @dataclass(frozen=True)
 class ClockSample:
-    """The SM clock in MHz, and why it is held back (comma-separated; empty when nothing does)."""
+    """The SM clock in MHz, and why it is held back (comma-separated; empty when nothing does, or 'unknown')."""
 
     sm_mhz: int
     throttle: str
@@ -42,9 +42,9 @@ class GpuWatch:
             # By UUID: NVML counts all cards of the machine, torch only the visible ones.
             uuid = str(torch.cuda.get_device_properties(device).uuid)
             self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith("GPU-") else f"GPU-{uuid}")
-        except ImportError:
-            self._handle = None
-        except self._nvml.NVMLError:
+        except (
+            Exception
+        ):  # no NVML, or one that does not know this card: these readings are an extra, never a reason to stop
             self._handle = None
 
     def _read(self, function: Callable[[Any], Any]) -> Any:
@@ -52,7 +52,7 @@ class GpuWatch:
             return None
         try:
             return function(self._nvml)
-        except self._nvml.NVMLError:  # a card may not support a single reading
+        except Exception:  # a card may not support a single reading, an older NVML may not have it
             return None
 
     def clocks(self) -> ClockSample | None:
@@ -60,7 +60,9 @@ class GpuWatch:
         mhz = self._read(lambda nvml: nvml.nvmlDeviceGetClockInfo(self._handle, nvml.NVML_CLOCK_SM))
         if mhz is None:
             return None
-        bits = self._read(lambda nvml: nvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle)) or 0
+        bits = self._read(lambda nvml: nvml.nvmlDeviceGetCurrentClocksEventReasons(self._handle))
+        if bits is None:
+            return ClockSample(int(mhz), "unknown")
         names = [name for key, name in _REASONS.items() if bits & getattr(self._nvml, f"nvmlClocksEventReason{key}", 0)]
         return ClockSample(int(mhz), ", ".join(names))
 

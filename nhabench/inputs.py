@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch.nn.functional as F
 from nhabench.workloads import Case
 
 MAX_SETS = 8
+SLOWEST_GATE = 2.5e-4  # times the fastest slot's log-gates, whose mean is -0.8: slots remember 1 to 5000 tokens
 COLD_FACTOR = 4  # the sets together are this many times the L2, so none of a set survives until its next turn
 
 
@@ -40,7 +42,11 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
-    """Inputs of a case from a seed: standard normal q, k, v, and gates that forget over about ten tokens."""
+    """Inputs of a case from a seed: standard normal q, k, v, and gates whose slots forget at very different rates.
+
+    Their time constants are spread evenly on a log scale, the first slot's the longest. So an output depends on what
+    was just written and on what was carried from far back: a check sees an error in either.
+    """
     w = case.workload
     generator = torch.Generator(device).manual_seed(seed)
 
@@ -50,7 +56,8 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
         return torch.randn(shape, generator=generator, device=device, dtype=case.torch_dtype)
 
     q, k, v = normal(w.q_heads, w.head_dim), normal(w.kv_heads, w.head_dim), normal(w.kv_heads, w.head_dim)
-    return Inputs(case, q, k, v, F.logsigmoid(normal(w.kv_heads, w.slots)).div_(8))
+    rates = torch.logspace(math.log10(SLOWEST_GATE), 0, w.slots, device=device, dtype=case.torch_dtype)
+    return Inputs(case, q, k, v, F.logsigmoid(normal(w.kv_heads, w.slots)).mul_(rates))
 
 
 def cache_bytes(device: torch.device) -> int:

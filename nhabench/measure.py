@@ -10,22 +10,23 @@ from typing import Any
 
 import torch
 
-from nhabench.check import Verdict, check_against, check_baseline, first_output, is_out_of_memory, release
+from nhabench.check import Verdict, check_against, check_baseline, first_output, release
 from nhabench.contender import Call, Contender, Unsupported
 from nhabench.environment import Environment
+from nhabench.errors import first_line, is_out_of_memory, without_frames
 from nhabench.floors import Ceilings
 from nhabench.gpu import ClockSample, GpuWatch, clock_fell, extra_peak_bytes
 from nhabench.inputs import Inputs, bytes_needed, cache_bytes, cache_state, free_bytes, make_inputs, set_count
 from nhabench.reference import Judge, small_inputs
-from nhabench.results import Row
+from nhabench.results import HOST_TIME, Row
 from nhabench.timing import Timer, Timing, race
 from nhabench.workloads import Case
 
-LONGEST_CALL_S = {"cuda": 1.5, "cpu": 4.0}  # a call that is predicted to take longer is skipped
+LONGEST_CALL_S = {"cuda": 1.5, "cpu": 2.5}  # a call that is predicted to take longer is skipped
 
 
 class DeviceLost(Exception):
-    """The device no longer answers: nothing more can be measured in this process. `rows`: those of the case so far."""
+    """Nothing more can be measured in this process; str() says why. `rows`: those of the case so far."""
 
     def __init__(self, reason: str, rows: Sequence[Row] = ()) -> None:
         super().__init__(reason)
@@ -98,51 +99,62 @@ def measure_case(lab: Lab, case: Case, contenders: Sequence[Contender], said: Ca
     """
     entries = [Entry(contender) for contender in contenders]
     try:
-        _screen(lab, case, entries)
-        if any(entry.waiting for entry in entries):
-            _check_and_time(lab, case, entries, said)
+        _all_steps(lab, case, entries, said)
     except DeviceLost as error:
         for entry in entries:
             if entry.waiting:
-                entry.end("failed", f"The device stopped answering: {error}")
+                entry.end("failed", str(error))
         raise DeviceLost(str(error), [_row(lab, case, entry) for entry in entries]) from error
-    release(lab.device)
     return [_row(lab, case, entry) for entry in entries]
+
+
+def _all_steps(lab: Lab, case: Case, entries: Sequence[Entry], said: Callable[[str], object]) -> None:
+    try:
+        _screen(lab, case, entries)
+        if any(entry.waiting for entry in entries):
+            _check_and_time(lab, case, entries, said)
+        release(lab.device)
+        return
+    except DeviceLost:
+        raise
+    except Exception as error:  # outside the contenders' own steps: a fault that showed late, a question to the device
+        failure = without_frames(error)
+    _fail_all(lab, entries, failure)
+    _recover(lab.device)
 
 
 def _screen(lab: Lab, case: Case, entries: Sequence[Entry]) -> None:
     """Turn away what cannot run or would take too long, before anything is allocated."""
-    needed, free = bytes_needed(case), free_bytes(lab.device)
-    limit = LONGEST_CALL_S[lab.device.type]
+    needed = bytes_needed(case, set_count(case, cache_bytes(lab.device)))
+    free = free_bytes(lab.device)
     for entry in entries:
-        missing = entry.contender.missing(lab.device)
-        cannot = None if missing else entry.contender.cannot(case, lab.device)
-        predicted = lab.predicted_s(entry.contender, case)
-        if missing:
-            entry.end("unavailable", missing)
-        elif cannot:
-            entry.end("unsupported", cannot)
-        elif needed > free:
-            gib = 2**30
-            entry.end("skipped", f"The case needs {needed / gib:.1f} GiB; {free / gib:.1f} GiB are free.")
-        elif predicted is not None and predicted > limit:
-            before = lab.last[entry.contender.name, case.workload, case.dtype][0].seq_len
-            entry.end(
-                "skipped",
-                f"One call would take about {predicted:.1f} s (predicted from T={before}); the limit is {limit} s.",
-            )
+        _attempt(lab, entry, partial(_turn_away, lab, case, entry, needed, free))
+
+
+def _turn_away(lab: Lab, case: Case, entry: Entry, needed: int, free: int) -> None:
+    limit = LONGEST_CALL_S[lab.device.type]
+    missing = entry.contender.missing(lab.device)
+    cannot = None if missing else entry.contender.cannot(case, lab.device)
+    predicted = lab.predicted_s(entry.contender, case)
+    if missing:
+        entry.end("unavailable", missing)
+    elif cannot:
+        entry.end("unsupported", cannot)
+    elif needed > free:
+        gib = 2**30
+        entry.end("skipped", f"The case needs {needed / gib:.1f} GiB; {free / gib:.1f} GiB are free.")
+    elif predicted is not None and predicted > limit:
+        before = lab.last[entry.contender.name, case.workload, case.dtype][0].seq_len
+        entry.end(
+            "skipped",
+            f"One call would take about {predicted:.1f} s (predicted from T={before}); the limit is {limit} s.",
+        )
 
 
 def _check_and_time(lab: Lab, case: Case, entries: Sequence[Entry], said: Callable[[str], object]) -> None:
     l2 = cache_bytes(lab.device)
     sets = set_count(case, l2)
-    try:
-        inputs = [make_inputs(case, lab.device, seed) for seed in range(sets)]
-    except Exception as error:
-        for entry in entries:
-            if entry.waiting:
-                _fail(lab, entry, error)
-        return
+    inputs = [make_inputs(case, lab.device, seed) for seed in range(sets)]
     for entry in entries:
         entry.changes.update(input_sets=sets, cache=cache_state(case, sets, l2))
     _check_all(lab, case, entries, inputs[0], said)
@@ -170,12 +182,14 @@ def _check_all(lab: Lab, case: Case, entries: Sequence[Entry], inputs: Inputs, s
 
 def _check_nha(lab: Lab, entries: Sequence[Entry], inputs: Inputs, said: Callable[[str], object]) -> None:
     said("computing the float64 reference")
+    failure: Exception | None = None
     try:
         judge = lab.judge(inputs.case)
         truth, name = judge.reference(inputs)
     except Exception as error:  # without a reference none of them is timed
-        for entry in entries:
-            _fail(lab, entry, error, "the float64 reference: ")
+        failure = without_frames(error)
+    if failure is not None:
+        _fail_all(lab, entries, failure, "the float64 reference: ")
         return
     for entry in entries:
         said(f"checking {entry.contender.label}")
@@ -213,10 +227,14 @@ def _judge(entry: Entry, verdict: Verdict) -> None:
 
 def _prepare(lab: Lab, case: Case, entry: Entry, inputs: Sequence[Inputs]) -> None:
     """Bind every input set. A baseline, which its check ran at a small size, runs here for the first time at this one:
-    that compiles it, shows whether it fits, and tells its memory."""
+    that compiles it, shows whether it fits, tells its memory, and whether it writes numbers everywhere."""
     entry.calls = [entry.contender.bind(one) for one in inputs]
     if entry.contender.family != "nha":
-        first_output(entry.calls[0], inputs[0].q)
+        o, _ = first_output(entry.calls[0], inputs[0].q)
+        if not o.isfinite().all():
+            entry.end("incorrect", "Its output at this size holds NaN or infinity.")
+            return
+        del o
         if lab.device.type == "cuda":  # a first call may take memory for its compiler's own timing runs
             _memory(entry, case, extra_peak_bytes(entry.calls[0], lab.device))
 
@@ -235,11 +253,22 @@ def _race(lab: Lab, case: Case, racing: Sequence[Entry], said: Callable[[str], o
     for entry, result in zip(racing, results, strict=True):
         if isinstance(result, Timing):
             lab.last[entry.contender.name, case.workload, case.dtype] = (case, result.median_ms / 1e3)
-            entry.changes.update(dataclasses.asdict(result))
-            entry.changes.update(timer=lab.timer.name, **_clock_columns(before[0], after))
-            entry.end("ok", entry.contender.remark)
+            columns = dataclasses.asdict(result)
+            del columns["late"]
+            timer = lab.timer.name + (HOST_TIME if result.includes_host else "")
+            entry.changes.update(columns, timer=timer, **_clock_columns(before[0], after))
+            entry.end("ok", " ".join(filter(None, (entry.contender.remark, _host_note(result)))))
         else:
             _fail(lab, entry, result)
+
+
+def _host_note(timing: Timing) -> str:
+    if not timing.includes_host:
+        return ""
+    return (
+        f"Includes host time: in {timing.late} of {timing.samples} samples the host had not queued the whole call when "
+        "the device began it."
+    )
 
 
 def _run_set(calls: Sequence[Call], turn: int) -> torch.Tensor:
@@ -260,8 +289,17 @@ def _attempt(lab: Lab, entry: Entry, step: Callable[[], object]) -> None:
     """Run a step of one contender; whatever it raises becomes its row, and the others go on."""
     try:
         step()
+        return
     except Exception as error:
-        _fail(lab, entry, error)
+        failure = without_frames(error)
+    # Not inside the handler: until its end the failed step keeps its tensors, and no memory could be released.
+    _fail(lab, entry, failure)
+
+
+def _fail_all(lab: Lab, entries: Sequence[Entry], error: Exception, where: str = "") -> None:
+    for entry in entries:
+        if entry.waiting:
+            _fail(lab, entry, error, where)
 
 
 def _fail(lab: Lab, entry: Entry, error: Exception, where: str = "") -> None:
@@ -272,12 +310,17 @@ def _fail(lab: Lab, entry: Entry, error: Exception, where: str = "") -> None:
     text = " ".join(str(error).split()) or type(error).__name__
     status = "out of memory" if is_out_of_memory(error) else "failed"
     entry.end(status, f"{where}{type(error).__name__}: {text[:300]}")
-    if lab.device.type == "cuda":
-        try:
-            torch.cuda.synchronize(lab.device)
-        except RuntimeError as lost:  # after an illegal access every further call fails
-            raise DeviceLost(str(lost).splitlines()[0]) from lost
-    release(lab.device)
+    _recover(lab.device)
+
+
+def _recover(device: torch.device) -> None:
+    """Release memory after an error. Raises DeviceLost: after an illegal access, for one, every further call fails."""
+    try:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        release(device)
+    except RuntimeError as lost:
+        raise DeviceLost(f"The device stopped answering: {first_line(lost)}") from lost
 
 
 def _row(lab: Lab, case: Case, entry: Entry) -> Row:

@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from nhabench.floors import Ceilings, full_floor, linear_floor, nha_floor, window_floor
 from nhabench.workloads import Case
 
-CPU_SECONDS = 140.0  # of a whole run on a CPU
+CPU_SECONDS = 140.0  # that a whole run on a CPU is planned to take
+CPU_LIMIT = 165.0  # that it may take: no case is begun that would end later, at the pace of those before it
 CPU_CASE_SECONDS = 20.0  # the longest case of such a run
 EFFICIENCY = 0.35  # plain PyTorch reaches about this fraction of a matrix product's rate
-CALLS = 5  # a check, a pilot and three samples: the least that a contender is run
+CALLS = 7  # a check and LEAST_SAMPLES, of which the pilot of a slow call is the first: the least that one is run
 REFERENCE_CALLS = 3  # what the float64 reference costs, in calls of NHA
 
 

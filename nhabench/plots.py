@@ -13,7 +13,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from nhabench.crossover import Crossover, fastest_by_length, find_crossover, time_of
-from nhabench.results import Row
+from nhabench.results import HOST_TIME, Row
 from nhabench.tables import grouped, shape
 
 DPI = 150
@@ -127,11 +127,21 @@ def _figure(panels: int, right: float) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _headline(figure: Figure, finding: str, subject: str, row: Row) -> None:
-    """The finding first, then what was measured where."""
-    left = figure.subplotpars.left
+def _headline(figure: Figure, finding: str, subject: str, rows: Sequence[Row]) -> None:
+    """The finding first, then what was measured where, and what a reader should know about the rows."""
+    left, row = figure.subplotpars.left, rows[0]
     figure.text(left, 0.975, finding, fontsize=13, fontweight="bold", va="top")
     where = f"{subject} on {row.device}: {row.workload} ({shape(row)}, {row.dtype})"
+    days = sorted({row.date for row in rows})
+    remarks = []
+    if len(days) > 1:
+        remarks.append(f"rows of {len(days)} runs, {days[0][:10]} to {days[-1][:10]}: compare those of one run")
+    if any(HOST_TIME in row.timer for row in rows):
+        remarks.append("hollow: includes host time")
+    if remarks:
+        where += "\n" + "; ".join(remarks)
+        if len(figure.axes) > 1:  # these have titles of their own
+            figure.subplots_adjust(top=figure.subplotpars.top - 0.05)
     figure.text(left, 0.925 if len(figure.axes) == 1 else 0.905, where, fontsize=9.5, va="top", color="#333333")
 
 
@@ -169,6 +179,12 @@ def _draw_line(axis: Axes, rows: Sequence[Row], value: Callable[[Row], float]) -
         x, y, color=style.color, marker=style.marker, linestyle=style.line, linewidth=style.width, markersize=5.5,
         zorder=4 if rows[0].family == "nha" else 3,
     )  # fmt: skip
+    hollow = [(row.seq_len, value(row)) for row in rows if HOST_TIME in row.timer]
+    if hollow:
+        axis.plot(
+            *zip(*hollow, strict=True), color=style.color, marker=style.marker, linestyle="none", markersize=5.5,
+            markerfacecolor="white", zorder=5,
+        )  # fmt: skip
 
 
 def spread(wanted: Sequence[float], gap: float, low: float, high: float) -> list[float]:
@@ -226,6 +242,14 @@ def _label(axis: Axes, end: End, right: float, up: float) -> None:
     )  # fmt: skip
 
 
+def _draw_band(axis: Axes, rows: Sequence[Row]) -> None:
+    """Shade the medians' intervals; nothing where a row has none."""
+    lengths = [row.seq_len for row in rows]
+    low = [math.nan if row.low_ms is None else row.low_ms for row in rows]
+    high = [math.nan if row.high_ms is None else row.high_ms for row in rows]
+    axis.fill_between(lengths, low, high, color=_style(rows[0]).color, alpha=0.25, linewidth=0)
+
+
 def latency(rows: Sequence[Row]) -> Figure | None:
     """Milliseconds against T on log axes, the median's interval shaded, the crossover with full attention marked."""
     lines = _lines(rows, ("nha", "full", "window", "linear"))
@@ -235,10 +259,7 @@ def latency(rows: Sequence[Row]) -> Figure | None:
     timed = [row for line in lines.values() for row in line]
     _length_axis(axis, timed)
     for line in lines.values():
-        low, high = [row.low_ms or time_of(row) for row in line], [row.high_ms or time_of(row) for row in line]
-        axis.fill_between(
-            [row.seq_len for row in line], low, high, color=_style(line[0]).color, alpha=0.25, linewidth=0
-        )
+        _draw_band(axis, line)
         _draw_line(axis, line, time_of)
     _log_axis(axis)
     axis.set_ylabel("median time of a forward call, ms")
@@ -246,7 +267,7 @@ def latency(rows: Sequence[Row]) -> Figure | None:
     if crossover is not None and crossover.at is not None:
         _mark_crossover(axis, crossover, rows)
     finding = crossover.sentence if crossover else "Forward latency"
-    _headline(figure, finding, "Forward latency, 95 % interval shaded,", timed[0])
+    _headline(figure, finding, "Forward latency, 95 % interval shaded,", timed)
     _label_ends(axis, _ends(lines, time_of))
     return figure
 
@@ -291,7 +312,7 @@ def speedup(rows: Sequence[Row]) -> Figure | None:
     axis.axhline(1.0, color=_BLUE, linestyle="--", linewidth=2.0, zorder=2)
     _log_axis(axis)
     axis.set_ylabel("times faster than the fastest full attention")
-    _headline(figure, _speedup_finding(rows, gain), "Forward speed-up over full attention", timed[0])
+    _headline(figure, _speedup_finding(rows, gain), "Forward speed-up over full attention", [*timed, *full.values()])
     names = " / ".join(dict.fromkeys(row.label.removeprefix("full: ") for row in full.values()))
     _label_ends(axis, [*_ends(lines, gain), End(timed[-1].seq_len, 1.0, f"fastest full ({names})", _BLUE)])
     return figure
@@ -337,6 +358,6 @@ def floor(rows: Sequence[Row]) -> Figure | None:
     finding = (
         f"{best.label} runs at {100 * (best.floor_fraction or 0.0):.2g} % of what the floor allows (T={best.seq_len})"
     )
-    _headline(figure, finding, "Achieved rates of the forward pass", first)
+    _headline(figure, finding, "Achieved rates of the forward pass", timed)
     _label_ends(axes[-1], _ends(lines, panels[-1][1]))
     return figure

@@ -16,7 +16,7 @@ from nhabench.inputs import Inputs, make_inputs
 from nhabench.workloads import Case, Workload
 
 BLOCK = 64  # tokens
-SMALL_LENGTH = 256  # where naive judges: past the window and past the memory of the random gates
+SMALL_LENGTH = 320  # where naive judges: past the window, and so long that chunked's scan has more than one level
 
 
 @dataclass(frozen=True)

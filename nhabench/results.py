@@ -15,6 +15,7 @@ from pathlib import Path
 from nhabench.environment import Environment
 
 STATUSES = ("ok", "incorrect", "unsupported", "unavailable", "out of memory", "skipped", "failed")
+HOST_TIME = " with host time"  # behind the timer's name, where the host may have kept the device waiting
 
 
 @dataclass(frozen=True, kw_only=True)

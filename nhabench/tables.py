@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 from rich.console import Console
 from rich.table import Table
 
-from nhabench.results import Row
+from nhabench.results import HOST_TIME, Row
 
 FAMILIES = ("nha", "full", "window", "linear")  # the order of tables
 _SHORT = {"incorrect": "WRONG", "out of memory": "OOM", "failed": "failed"}
@@ -42,7 +43,10 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
 
 
 def _table(rows: Sequence[Row]) -> Table:
-    table = Table(caption="* fastest of its family at this length", caption_justify="left")
+    caption = "* fastest of its family at this length"
+    if any(row.timed and HOST_TIME in row.timer for row in rows):
+        caption += "; h includes host time"
+    table = Table(caption=caption, caption_justify="left")
     table.add_column("B x T", no_wrap=True)
     columns = sorted({(row.seq_len, row.batch) for row in rows})
     for seq_len, batch in columns:
@@ -59,7 +63,7 @@ def _cell(row: Row | None, rows: Sequence[Row]) -> str:
         return ""
     if not row.timed:
         return _SHORT.get(row.status, "-")
-    text = milliseconds(row.median_ms or 0.0)
+    text = milliseconds(row.median_ms or 0.0) + ("h" if HOST_TIME in row.timer else "")
     return f"[bold]*{text}[/bold]" if row is fastest(rows, row) else text
 
 
@@ -74,16 +78,21 @@ def fastest(rows: Sequence[Row], like: Row) -> Row:
 
 
 def _print_reasons(rows: Sequence[Row], console: Console) -> None:
-    """What did not run, each reason once: for whom, and where it was not so everywhere."""
+    """What did not run, each reason once: for whom, and where it was not so everywhere. Reasons that differ in their
+    numbers only are one, told with the numbers of its first case."""
     everywhere = {(row.workload, row.seq_len) for row in rows}
     reasons: dict[tuple[str, str], dict[str, set[tuple[str, int]]]] = {}
+    notes: dict[tuple[str, str], dict[str, Row]] = {}  # of each reason, the different notes
     for row in rows:
         if not row.timed:
-            places = reasons.setdefault((row.status, row.note), {}).setdefault(row.label, set())
-            places.add((row.workload, row.seq_len))
-    for (status, note), labels in reasons.items():
+            reason = (row.status, re.sub(r"\d+(\.\d+)?", "#", row.note))
+            reasons.setdefault(reason, {}).setdefault(row.label, set()).add((row.workload, row.seq_len))
+            notes.setdefault(reason, {}).setdefault(row.note, row)
+    for reason, labels in reasons.items():
         who = [label + ("" if places == everywhere else f" ({_where(places)})") for label, places in labels.items()]
-        console.print(f"{', '.join(who)}: {status}. {note}", highlight=False, markup=False, soft_wrap=True)
+        (note, row), *others = notes[reason].items()
+        first = f" (T={row.seq_len}, {row.workload})" if others else ""
+        console.print(f"{', '.join(who)}: {reason[0]}. {note}{first}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _where(places: set[tuple[str, int]]) -> str:

@@ -5,33 +5,48 @@ On a GPU the time is the device's own, between two events around each call. On a
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any, Protocol
 
 import torch
 
+from nhabench.errors import without_frames
+
 CONFIDENCE = 0.95
 TARGET = 0.005  # stop when the median's interval is within +-0.5 % of it
 WARM_ROUNDS = 2  # for calls that are not slow, beside the pilot
-SLOW_MS = 100.0  # a call this long is warm after its pilot, and is repeated SLOW_SAMPLES times only
-SLOW_SAMPLES = 3
-LEAST_SAMPLES = 5
+SLOW_MS = 100.0  # a call this long is warm after its pilot, which is its first sample
+LEAST_SAMPLES = 6  # with fewer there is no interval of that confidence
+LONGEST_RACE_S = 30.0  # after it, fewer will do, without an interval: on a machine that does much else, or too slow
 LONGEST_HEAD_START_MS = 20.0  # a host that waits for room in the launch queue must not make the sleep ever longer
 
 TimedCall = Callable[[int], object]  # takes the number of the input set
 
 
+@dataclass(frozen=True)
+class Sample:
+    """The milliseconds of one call. late: the host had not queued all of it when the device began, so host time may be
+    part of them."""
+
+    ms: float
+    late: bool = False
+
+
+Stopwatch = Callable[[Callable[[], object]], Sample]
+
+
 class Timer(Protocol):
-    """Times one round of calls."""
+    """Makes stopwatches. Each contender has its own, which may remember how long its host needs."""
 
     name: str
 
-    def round(self, calls: Sequence[Callable[[], object]]) -> list[float]:
-        """Run the calls one after another and return the milliseconds of each."""
+    def stopwatch(self) -> Stopwatch:
+        """A function that runs a call and times it. It raises what the call raises, and what waiting for it raises."""
 
 
 class WallClock:
@@ -39,109 +54,153 @@ class WallClock:
 
     name = "wall clock"
 
-    def round(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+    def stopwatch(self) -> Stopwatch:
         """See Timer."""
-        times = []
-        for call in calls:
-            start = time.perf_counter()
-            call()
-            times.append((time.perf_counter() - start) * 1e3)
-        return times
+        return self._time
+
+    def _time(self, call: Callable[[], object]) -> Sample:
+        start = time.perf_counter()
+        call()
+        return Sample((time.perf_counter() - start) * 1e3)
+
+
+class _HeadStart:
+    """How long the device sleeps before a contender's call, by what the host took to queue it the last time.
+
+    A call that itself waits for the device is late however long the sleep is, and its host's time includes the sleep.
+    So a late call gets a longer sleep once; if it is late again, it did wait, and the sleep is taken off.
+    """
+
+    def __init__(self) -> None:
+        self.ms = 2.0
+        self._lengthened = False
+
+    def learn(self, host_ms: float, late: bool) -> None:
+        """Take in how long the host was at the call just made."""
+        waited_ms = self.ms if late and self._lengthened else 0.0
+        self._lengthened = late and not self._lengthened
+        self.ms = min(LONGEST_HEAD_START_MS, 1.3 * max(0.0, host_ms - waited_ms) + 0.1)
 
 
 class CudaEvents:
     """Device time between two events around each call.
 
-    An event pair also sees the time the device waits for the host. So each round begins with a sleep on the device,
-    somewhat longer than the host took to queue the last round: it has queued all of this one when the device wakes up.
+    An event pair also sees the time that the device waits for the host. So every call has a head start: the device
+    sleeps before it, somewhat longer than the host needs to queue it. An event behind the sleep tells whether the
+    device woke before everything was queued. The device is idle before each call, so none delays its neighbour.
     """
 
     name = "cuda events"
 
     def __init__(self, cuda: Any = torch.cuda, clock: Callable[[], float] = time.perf_counter) -> None:
         self._cuda, self._clock = cuda, clock
-        self._head_start_ms = 2.0
-        self._cycles_per_ms = self._calibrate()
-
-    def _calibrate(self) -> float:
-        cycles = 2_000_000
+        self._cycles_per_ms = 1e6
         for _ in range(2):  # the first one also loads the kernel
-            start, end = self._cuda.Event(enable_timing=True), self._cuda.Event(enable_timing=True)
-            start.record()
-            self._cuda._sleep(cycles)
-            end.record()
+            asleep, awake = self._sleep(2.0)
             self._cuda.synchronize()
-        return float(cycles / start.elapsed_time(end))
+            self._cycles_per_ms = 2.0 * self._cycles_per_ms / asleep.elapsed_time(awake)
 
-    def round(self, calls: Sequence[Callable[[], object]]) -> list[float]:
+    def stopwatch(self) -> Stopwatch:
         """See Timer."""
-        pairs = [(self._cuda.Event(enable_timing=True), self._cuda.Event(enable_timing=True)) for _ in calls]
+        return partial(self._time, _HeadStart())
+
+    def _event(self) -> Any:
+        return self._cuda.Event(enable_timing=True)
+
+    def _sleep(self, milliseconds: float) -> tuple[Any, Any]:
+        """Queue a sleep; the events before and behind it."""
+        asleep, awake = self._event(), self._event()
+        asleep.record()
+        self._cuda._sleep(int(milliseconds * self._cycles_per_ms))
+        awake.record()
+        return asleep, awake
+
+    def _time(self, head_start: _HeadStart, call: Callable[[], object]) -> Sample:
+        start, end = self._event(), self._event()
         self._cuda.synchronize()
-        self._cuda._sleep(int(self._head_start_ms * self._cycles_per_ms))
+        asleep, awake = self._sleep(head_start.ms)
         begin = self._clock()
-        for call, (start, end) in zip(calls, pairs, strict=True):
-            start.record()
-            call()
-            end.record()
-        queued_ms = (self._clock() - begin) * 1e3
+        start.record()
+        call()
+        end.record()
+        late = bool(awake.query())
+        host_ms = (self._clock() - begin) * 1e3
         self._cuda.synchronize()
-        self._head_start_ms = min(LONGEST_HEAD_START_MS, 1.2 * queued_ms + 0.1)
-        return [float(start.elapsed_time(end)) for start, end in pairs]
+        # A sleep is counted in cycles: their rate follows the clocks, which rise under load.
+        self._cycles_per_ms *= head_start.ms / asleep.elapsed_time(awake)
+        head_start.learn(host_ms, late)
+        return Sample(float(start.elapsed_time(end)), late)
 
 
 @lru_cache(maxsize=4096)
 def median_ranks(count: int) -> tuple[int, int]:
     """The ranks (from 0) of sorted samples between which the median lies with CONFIDENCE, whatever the distribution.
 
-    Below 6 samples no pair of ranks has that confidence: the widest one is returned.
+    Raises ValueError for fewer than LEAST_SAMPLES: not even the widest pair of ranks has that confidence then.
     """
-    if count < 1:
-        raise ValueError(f"count: expected an integer >= 1, got {count}")
+    if count < LEAST_SAMPLES:
+        raise ValueError(f"count: expected an integer >= {LEAST_SAMPLES}, got {count}")
     # P(median below the sample of rank r) = P(Binomial(count, 1/2) <= r); leave (1 - CONFIDENCE) / 2 on each side.
     tail, low = 0.0, -1
     while tail <= (1 - CONFIDENCE) / 2:
         low += 1
         log_choose = math.lgamma(count + 1) - math.lgamma(low + 1) - math.lgamma(count - low + 1)
         tail += math.exp(log_choose - count * math.log(2))
-    low = max(0, low - 1)
-    return low, count - 1 - low
+    return low - 1, count - low
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Summary of the samples of one contender, in milliseconds. `stop`: why there are no more of them."""
+    """Summary of the samples of one contender, in milliseconds. `stop`: why there are no more of them.
+
+    low_ms, high_ms: the median's interval, None with too few samples for one. late: how many of them were.
+    """
 
     median_ms: float
-    low_ms: float
-    high_ms: float
+    low_ms: float | None
+    high_ms: float | None
     min_ms: float
     p95_ms: float
     samples: int
     stop: str
+    late: int = 0
+
+    @property
+    def includes_host(self) -> bool:
+        """Whether host time may be part of the median: most samples were late."""
+        return 2 * self.late > self.samples
 
 
-def summarise(samples: Sequence[float], stop: str = "") -> Timing:
+def summarise(samples: Sequence[float], stop: str = "", late: int = 0) -> Timing:
     """Median, its interval, least and 95th percentile. Raises ValueError without samples."""
+    if not samples:
+        raise ValueError("samples: expected at least one, got none")
     ordered = sorted(samples)
-    low, high = median_ranks(len(ordered))
     middle = len(ordered) // 2
     median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
+    low, high = None, None
+    if len(ordered) >= LEAST_SAMPLES:
+        low, high = (ordered[rank] for rank in median_ranks(len(ordered)))
     p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
-    return Timing(median, ordered[low], ordered[high], ordered[0], p95, len(ordered), stop)
+    return Timing(median, low, high, ordered[0], p95, len(ordered), stop, late)
 
 
 def precise(samples: Sequence[float]) -> bool:
     """Whether the median's interval lies within +-TARGET of it. Never with so few samples that there is no interval."""
-    if len(samples) < 6:
+    if len(samples) < LEAST_SAMPLES:
         return False
     timing = summarise(samples)
+    if timing.low_ms is None or timing.high_ms is None:
+        return False
     return max(timing.high_ms - timing.median_ms, timing.median_ms - timing.low_ms) <= TARGET * timing.median_ms
 
 
 @dataclass
 class _Runner:
     call: TimedCall
+    stopwatch: Stopwatch
     samples: list[float] = field(default_factory=list)
+    late: int = 0
     pilot_ms: float = 0.0
     stop: str = ""
     error: Exception | None = None
@@ -154,23 +213,18 @@ class _Runner:
     def slow(self) -> bool:
         return self.pilot_ms >= SLOW_MS
 
+    def run(self, inputs: int) -> Sample | None:
+        """One call. What it raises, or what shows only when the device is waited for, ends this runner."""
+        try:
+            return self.stopwatch(partial(self.call, inputs))
+        except Exception as error:
+            self.error = without_frames(error)
+            return None
 
-def _run_round(timer: Timer, runners: Sequence[_Runner], inputs: int) -> list[tuple[_Runner, float]]:
-    """One round of the active runners. One that raises is out, and the time of its turn is not counted."""
-
-    def guarded(runner: _Runner) -> Callable[[], object]:
-        def call() -> object:
-            try:
-                return runner.call(inputs)
-            except Exception as error:
-                runner.error = error
-                return None
-
-        return call
-
-    active = [runner for runner in runners if runner.active]
-    times = timer.round([guarded(runner) for runner in active])
-    return [(runner, ms) for runner, ms in zip(active, times, strict=True) if runner.error is None]
+    def keep(self, sample: Sample | None) -> None:
+        if sample is not None:
+            self.samples.append(sample.ms)
+            self.late += sample.late
 
 
 def race(
@@ -181,37 +235,42 @@ def race(
     clock: Callable[[], float] = time.perf_counter,
     started: Callable[[], object] = lambda: None,
 ) -> list[Timing | Exception]:
-    """Time the calls interleaved, A B C A B C ..., over rotated input sets, for about `seconds` in all.
+    """Time the calls interleaved, A B C A B C ..., for about `seconds` in all.
 
-    A call leaves the race when its median is precise, or when it has had its share of the time (but at least
-    LEAST_SAMPLES turns, SLOW_SAMPLES if it is slow). `started` is called once everything is warm. The result holds, for
-    each call, its timing, or what it raised.
+    Every call gets the next of the rotated input sets, whoever makes it: none finds the inputs of its predecessor in a
+    cache. A contender leaves the race when its median is precise, or when it has had its share of the time (but at
+    least LEAST_SAMPLES turns, unless all of that takes longer than LONGEST_RACE_S). `started` is called once everything
+    is warm. The result holds, for each call, its timing, or what it raised.
     """
-    runners = [_Runner(call) for call in calls]
-    for runner, ms in _run_round(timer, runners, 0):
-        runner.pilot_ms = ms
-        if runner.slow:
-            runner.samples.append(ms)
-    for turn in range(WARM_ROUNDS):
-        _run_round(timer, [runner for runner in runners if not runner.slow], (turn + 1) % sets)
+    runners = [_Runner(call, timer.stopwatch()) for call in calls]
+    inputs = itertools.cycle(range(sets))
+    for runner in runners:
+        pilot = runner.run(next(inputs))
+        if pilot is not None:
+            runner.pilot_ms = pilot.ms
+            if runner.slow:
+                runner.keep(pilot)
+    for _ in range(WARM_ROUNDS):
+        for runner in runners:
+            if runner.active and not runner.slow:
+                runner.run(next(inputs))
     started()
     begin, turn = clock(), 0
     share_ms = seconds * 1e3 / max(1, len(runners))
     while any(runner.active for runner in runners):
         turn += 1
-        for runner, ms in _run_round(timer, runners, turn % sets):
-            runner.samples.append(ms)
-        over = clock() - begin >= seconds
         for runner in runners:
             if runner.active:
-                runner.stop = _stop(runner, over, share_ms, turn)
-    return [runner.error or summarise(runner.samples, runner.stop) for runner in runners]
+                runner.keep(runner.run(next(inputs)))
+        elapsed = clock() - begin
+        least = 1 if elapsed >= max(seconds, LONGEST_RACE_S) else LEAST_SAMPLES
+        for runner in runners:
+            if runner.active and len(runner.samples) >= least:
+                runner.stop = _stop(runner, elapsed >= seconds, share_ms, turn)
+    return [runner.error or summarise(runner.samples, runner.stop, runner.late) for runner in runners]
 
 
 def _stop(runner: _Runner, over: bool, share_ms: float, turn: int) -> str:
-    least = SLOW_SAMPLES if runner.slow else LEAST_SAMPLES
-    if len(runner.samples) < least:
-        return ""
     if over or sum(runner.samples) >= share_ms:
         return "interval" if precise(runner.samples) else "time limit"
     # Sorting after every single turn would cost the host more than some calls take.

@@ -12,27 +12,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .layout import ROWS, Places, Plan, Segment, Source, plan, window_queries
 from .problem import Inputs, Problem, Result, accumulate_dtype
-from .slots import (
-    ROWS,
-    Places,
-    Plan,
-    Segment,
-    Source,
-    final_slots,
-    initial_slots,
-    mask_slots,
-    plan,
-    refuse_second_order,
-    remember,
-    slot_index,
-    slot_logits,
-    slot_tokens,
-    slot_values,
-    walk,
-    walk_back,
-    window_queries,
-)
+from .slots import final_slots, initial_slots, mask_slots, remember, slot_index, slot_logits, slot_tokens, slot_values
+from .walk import refuse_second_order, walk, walk_back
 
 
 def why_not(problem: Problem) -> str | None:

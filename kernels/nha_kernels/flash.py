@@ -16,26 +16,10 @@ from torch import Tensor
 
 from . import flash_window
 from .flash_window import Packing, window_attention, window_kernel
+from .layout import Places, Plan, Segment, Source, plan, window_queries
 from .problem import Inputs, Problem, Result, accumulate_dtype
-from .slots import (
-    Places,
-    Plan,
-    Segment,
-    Source,
-    final_slots,
-    initial_slots,
-    mask_slots,
-    plan,
-    refuse_second_order,
-    remember,
-    slot_index,
-    slot_logits,
-    slot_tokens,
-    slot_values,
-    walk,
-    walk_back,
-    window_queries,
-)
+from .slots import final_slots, initial_slots, mask_slots, remember, slot_index, slot_logits, slot_tokens, slot_values
+from .walk import refuse_second_order, walk, walk_back
 
 __all__ = ["run", "why_not", "why_unavailable", "window_attention"]
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from nha_kernels import NHAState, explain, native_hybrid_attention, nha_decode_step, slots
+from nha_kernels import NHAState, explain, layout, native_hybrid_attention, nha_decode_step
 from nha_kernels.problem import Problem, history_length
 from nha_kernels.registry import BACKENDS, IMPLEMENTATIONS
 
@@ -135,12 +135,12 @@ def _needs_grad(args: Arguments) -> bool:
 @contextmanager
 def one_block_a_segment() -> Iterator[None]:
     """Cut the work of the PyTorch implementations as finely as it goes, so that small inputs cross segments too."""
-    before = dict(slots.SEGMENT_ELEMENTS)
-    slots.SEGMENT_ELEMENTS.update(dict.fromkeys(before, 1))
+    before = dict(layout.SEGMENT_ELEMENTS)
+    layout.SEGMENT_ELEMENTS.update(dict.fromkeys(before, 1))
     try:
         yield
     finally:
-        slots.SEGMENT_ELEMENTS.update(before)
+        layout.SEGMENT_ELEMENTS.update(before)
 
 
 # ---- Inputs ----

@@ -9,18 +9,18 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from nha_kernels import NHAState, native_hybrid_attention, nha_decode_step, slots
+from nha_kernels import NHAState, layout, native_hybrid_attention, nha_decode_step
 
 from .helpers import FLOAT64, Case, call, error, everything, gradients, make
 
 
 def small_segments(monkeypatch: pytest.MonkeyPatch, blocks: int, case: Case) -> None:
     """Let a segment hold `blocks` blocks of a case."""
-    row = case.kv_heads * case.slots * (slots.CHUNK + 2 * (2 * case.head_dim) // slots.CHUNK)
+    row = case.kv_heads * case.slots * (layout.CHUNK + 2 * (2 * case.head_dim) // layout.CHUNK)
     row += case.kv_heads * case.group * case.slots
-    keys = case.window + slots.ROWS - 1
-    row += keys * (case.kv_heads * case.group + case.kv_heads * 2 * case.head_dim // slots.ROWS)
-    monkeypatch.setitem(slots.SEGMENT_ELEMENTS, "cpu", blocks * slots.ROWS * row)
+    keys = case.window + layout.ROWS - 1
+    row += keys * (case.kv_heads * case.group + case.kv_heads * 2 * case.head_dim // layout.ROWS)
+    monkeypatch.setitem(layout.SEGMENT_ELEMENTS, "cpu", blocks * layout.ROWS * row)
 
 
 @pytest.mark.parametrize("blocks", [1, 3])

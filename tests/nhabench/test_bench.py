@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import re
+import signal
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,26 +18,35 @@ import torch
 from rich.console import Console
 
 from nhabench import bench as module
-from nhabench import measure, reference
+from nhabench import check, environment, measure, reference
 from nhabench.bench import Options, Outcome, all_contenders, run
+from nhabench.ceilings import warm_up
 from nhabench.contender import Contender, Unsupported
 from nhabench.environment import read_environment
 from nhabench.floors import Ceilings
 from nhabench.gpu import GpuWatch
 from nhabench.implementations import attend
-from nhabench.inputs import Inputs
+from nhabench.inputs import COLD_FACTOR, Inputs, bytes_needed
 from nhabench.measure import Lab
 from nhabench.results import Row, load_rows
-from nhabench.timing import WallClock
+from nhabench.timing import Sample, Stopwatch, WallClock
 from nhabench.workloads import Case, Workload, cases
 
 CPU = torch.device("cpu")
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+def _quick(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
     monkeypatch.setattr(reference, "SMALL_LENGTH", 32)
+    monkeypatch.setattr(check, "gc", SimpleNamespace(collect=lambda: 0))  # slow beside everything that tests import
+    if "plots" not in request.fixturenames:
+        monkeypatch.setattr(module, "draw_all", lambda rows, folder: [])
     monkeypatch.setattr(module, "measure_ceilings", lambda device, dtype, timer: Ceilings(0.02, 0.2))
+
+
+@pytest.fixture
+def plots() -> None:
+    """A test that asks for this gets real plots."""
 
 
 class Bench:
@@ -65,7 +78,7 @@ def bench(tiny: Workload, tmp_path: Path) -> Bench:
     return Bench(tiny, tmp_path)
 
 
-def test_a_run_leaves_rows_plots_and_a_table(bench: Bench) -> None:
+def test_a_run_leaves_rows_plots_and_a_table(bench: Bench, plots: None) -> None:
     outcome = bench(
         [c for c in all_contenders() if c.name in ("chunked", "naive", "sdpa-flash", "linear", "sdpa-cudnn")]
     )
@@ -78,7 +91,7 @@ def test_a_run_leaves_rows_plots_and_a_table(bench: Bench) -> None:
     assert (row.status, row.timer, row.cache, row.reference) == ("ok", "wall clock", "uncontrolled", "naive float64")
     assert row.median_ms is not None
     assert row.samples is not None
-    assert row.samples >= 5
+    assert row.samples >= 6
     assert row.low_ms <= row.median_ms <= row.high_ms  # type: ignore[operator]
     assert 0 < row.error < row.tolerance  # type: ignore[operator]
     assert row.floor_fraction == pytest.approx(row.floor_ms / row.median_ms)  # type: ignore[operator]
@@ -118,6 +131,186 @@ def test_an_output_with_holes_is_incorrect(bench: Bench, contenders: Any) -> Non
     assert "holds NaN" in bench.rows["holes", 16].note
 
 
+def test_wrong_comes_before_incomplete(bench: Bench, contenders: Any) -> None:
+    def broken(inputs: Inputs) -> torch.Tensor:
+        raise TypeError
+
+    wrong = contenders.nha("wrong", lambda inputs: attend(inputs, "chunked") * 1.01)
+    assert bench([wrong, contenders.full("broken", broken)], lengths=[16]).exit_code == 1
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_baseline_that_writes_no_number_somewhere_is_incorrect(value: float, bench: Bench, contenders: Any) -> None:
+    def holes(inputs: Inputs) -> torch.Tensor:
+        o = inputs.q.clone()
+        if inputs.case.seq_len == 32:
+            o[0, 31, 0, 5] = value
+        return o
+
+    assert bench([contenders.full("holes", holes), contenders.nha("mine")], lengths=[16, 32]).exit_code == 3
+    assert bench.rows["holes", 16].status == "ok"
+    row = bench.rows["holes", 32]
+    assert (row.status, row.median_ms) == ("incorrect", None)
+    assert row.note == "Its output at this size holds NaN or infinity."
+
+
+class FaultyTimer(WallClock):
+    """A timer that finds, when it waits for the device, what an earlier call did to it."""
+
+    def __init__(self, after: int, lost: list[str]) -> None:
+        self.left, self.lost = after, lost
+
+    def stopwatch(self) -> Stopwatch:
+        time = super().stopwatch()
+
+        def faulty(call: Callable[[], object]) -> Sample:
+            self.left -= 1
+            if self.left < 0:
+                self.lost.append("yes")
+                raise RuntimeError("CUDA error: an illegal memory access was encountered\nFor debugging ...")
+            return time(call)
+
+        return faulty
+
+
+@pytest.fixture
+def faulty(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
+    def make(after: int) -> list[str]:
+        lost: list[str] = []
+        timer = FaultyTimer(after, lost)
+        monkeypatch.setattr(module, "WallClock", lambda: timer)
+        return lost
+
+    return make
+
+
+def test_a_fault_that_shows_while_timing_is_a_row_of_each(
+    bench: Bench, contenders: Any, faulty: Callable[[int], list[str]]
+) -> None:
+    faulty(9)
+    outcome = bench([contenders.nha("a"), contenders.nha("b")], lengths=[16])
+    assert outcome.exit_code == 3
+    assert {row.status for row in outcome.rows} == {"failed"}
+    assert "RuntimeError: CUDA error: an illegal memory access" in bench.rows["a", 16].note
+
+
+def test_a_device_lost_while_timing_exits_70_with_its_rows(
+    bench: Bench, contenders: Any, faulty: Callable[[int], list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lost = faulty(9)
+
+    def release(device: torch.device) -> None:
+        if lost:
+            raise RuntimeError("CUDA error: an illegal memory access was encountered\nFor debugging ...")
+
+    monkeypatch.setattr(measure, "release", release)
+    outcome = bench([contenders.nha("a"), contenders.nha("b")], lengths=[16, 32])
+    assert outcome.exit_code == 70
+    assert {key: row.status for key, row in bench.rows.items()} == {("a", 16): "failed", ("b", 16): "failed"}
+    assert bench.rows["b", 16].note == (
+        "The device stopped answering: CUDA error: an illegal memory access was encountered"
+    )
+    assert "For debugging" not in bench.said.getvalue()
+
+
+@pytest.mark.parametrize("where", ["free_bytes", "cache_bytes", "make_inputs"])
+def test_a_question_that_the_device_does_not_answer_is_a_row(
+    where: str, bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = getattr(measure, where)
+
+    def fails_once(*arguments: Any) -> Any:
+        monkeypatch.setattr(measure, where, real)
+        raise RuntimeError("CUDA error: unknown error")
+
+    monkeypatch.setattr(measure, where, fails_once)
+    assert bench([contenders.nha("mine")], lengths=[16, 32]).exit_code == 3
+    assert bench.rows["mine", 16].note == "RuntimeError: CUDA error: unknown error"
+    assert bench.rows["mine", 32].status == "ok"
+
+
+def test_a_device_lost_after_the_rows_keeps_them(
+    bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def release(device: torch.device) -> None:
+        if timed:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+
+    timed: list[int] = []
+    original = measure.race
+
+    def race(*arguments: Any, **options: Any) -> Any:
+        result = original(*arguments, **options)
+        timed.append(1)
+        return result
+
+    monkeypatch.setattr(measure, "race", race)
+    monkeypatch.setattr(measure, "release", release)
+    assert bench([contenders.nha("mine")], lengths=[16, 32]).exit_code == 70
+    assert {key: row.status for key, row in bench.rows.items()} == {("mine", 16): "ok"}
+
+
+def test_a_device_that_cannot_be_opened_exits_70(
+    bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_memory(*_: object) -> Ceilings:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(module, "measure_ceilings", no_memory)
+    assert bench([contenders.nha("mine")]).exit_code == 70
+    assert "could not be opened: CUDA out of memory." in bench.said.getvalue()
+    assert not (bench.folder / "forward.csv").exists()
+
+
+def test_a_gpu_is_warm_before_its_timer_and_its_ceilings(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    steps: list[str] = []
+
+    def step(name: str, answer: Any = None) -> Callable[..., Any]:
+        return lambda *arguments: steps.append(name) or answer
+
+    monkeypatch.setattr(torch.cuda, "set_device", step("set device"))
+    monkeypatch.setattr(module, "warm_up", step("warm up"))
+    monkeypatch.setattr(module, "CudaEvents", step("timer"))
+    monkeypatch.setattr(module, "GpuWatch", step("watch"))
+    monkeypatch.setattr(module, "read_environment", step("environment"))
+    monkeypatch.setattr(module, "measure_ceilings", step("ceilings"))
+    case = Case(bench.workload, 1, 16, "float32")
+    module.make_lab(Options([case], [], torch.device("cuda", 0), 0.1, bench.folder, "", False))
+    assert steps == ["set device", "warm up", "timer", "watch", "environment", "ceilings"]
+
+
+def test_warming_up_goes_on_for_the_given_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    waits: list[object] = []
+    monkeypatch.setattr(torch.cuda, "synchronize", waits.append)
+    began = time.perf_counter()
+    warm_up(CPU, seconds=0.02, size=8)
+    assert time.perf_counter() - began >= 0.02
+    assert waits
+
+
+def test_host_time_is_in_the_row_and_in_the_table(
+    bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Late(WallClock):
+        name = "cuda events"
+
+        def stopwatch(self) -> Stopwatch:
+            time, number = super().stopwatch(), next(contender)
+            return lambda call: Sample(time(call).ms, late=number == 0)
+
+    contender = iter(range(100))
+    monkeypatch.setattr(module, "WallClock", Late)
+    bench([contenders.nha("waits", remark="A remark."), contenders.nha("queued")], lengths=[16])
+    row = bench.rows["waits", 16]
+    assert row.timer == "cuda events with host time"
+    assert re.fullmatch(
+        r"A remark\. Includes host time: in (\d+) of \1 samples the host had not queued .* when the device began it\.",
+        row.note,
+    )
+    assert (bench.rows["queued", 16].timer, bench.rows["queued", 16].note) == ("cuda events", "")
+    assert "h includes host time" in " ".join(bench.tables.getvalue().split())
+
+
 def test_out_of_memory_at_one_size_costs_that_size(bench: Bench, contenders: Any) -> None:
     def big(inputs: Inputs) -> torch.Tensor:
         if inputs.case.seq_len == 32:
@@ -125,7 +318,7 @@ def test_out_of_memory_at_one_size_costs_that_size(bench: Bench, contenders: Any
         return attend(inputs, "chunked")
 
     outcome = bench([contenders.nha("big", big), contenders.nha("small")], lengths=[16, 32, 64])
-    assert outcome.exit_code == 0
+    assert outcome.exit_code == 3
     assert [bench.rows["big", length].status for length in (16, 32, 64)] == ["ok", "out of memory", "ok"]
     assert "9 GiB" in bench.rows["big", 32].note
     assert bench.rows["small", 32].status == "ok"
@@ -140,7 +333,7 @@ def test_memory_that_runs_out_while_timing_is_told_as_well(bench: Bench, contend
             raise MemoryError
         return attend(inputs, "chunked")
 
-    bench([contenders.nha("later", later), contenders.nha("other")], lengths=[16])
+    assert bench([contenders.nha("later", later), contenders.nha("other")], lengths=[16]).exit_code == 3
     assert (bench.rows["later", 16].status, bench.rows["later", 16].median_ms) == ("out of memory", None)
     assert bench.rows["other", 16].status == "ok"
 
@@ -175,12 +368,12 @@ def test_any_other_error_is_a_row_that_tells_it(bench: Bench, contenders: Any) -
     def broken(inputs: Inputs) -> torch.Tensor:
         raise TypeError("a kernel\nwas given nonsense")
 
-    assert bench([contenders.full("broken", broken), contenders.nha("fine")], lengths=[16]).exit_code == 0
+    assert bench([contenders.full("broken", broken), contenders.nha("fine")], lengths=[16]).exit_code == 3
     row = bench.rows["broken", 16]
     assert (row.status, row.note) == ("failed", "TypeError: a kernel was given nonsense")
 
 
-def test_ctrl_c_keeps_the_finished_cases_draws_them_and_exits_130(bench: Bench, contenders: Any) -> None:
+def test_ctrl_c_keeps_the_finished_cases_draws_them_and_exits_130(bench: Bench, plots: None, contenders: Any) -> None:
     def interrupted(inputs: Inputs) -> torch.Tensor:
         if inputs.case.seq_len == 64:
             raise KeyboardInterrupt
@@ -192,6 +385,43 @@ def test_ctrl_c_keeps_the_finished_cases_draws_them_and_exits_130(bench: Bench, 
     assert all(row.status == "ok" for row in bench.rows.values())
     assert len(outcome.plots) == 3
     assert "Interrupted" in bench.said.getvalue()
+
+
+def test_sigterm_keeps_the_finished_cases_draws_them_and_exits_143(bench: Bench, plots: None, contenders: Any) -> None:
+    def terminated(inputs: Inputs) -> torch.Tensor:
+        if inputs.case.seq_len == 64:
+            signal.raise_signal(signal.SIGTERM)
+        return inputs.q
+
+    before = signal.getsignal(signal.SIGTERM)
+    outcome = bench([contenders.nha("mine"), contenders.full("theirs", terminated)], lengths=[16, 32, 64, 128])
+    assert outcome.exit_code == 143
+    assert sorted(bench.rows) == [("mine", 16), ("mine", 32), ("theirs", 16), ("theirs", 32)]
+    assert len(outcome.plots) == 3
+    assert "Terminated" in bench.said.getvalue()
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+def test_a_signal_while_the_plots_are_drawn_is_no_traceback(
+    bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> list[Path]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(module, "draw_all", interrupted)
+    assert bench([contenders.nha("mine")], lengths=[16]).exit_code == 130
+    assert bench.rows["mine", 16].status == "ok"
+
+
+def test_no_commit_is_told_once(bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "_git", lambda *arguments: None)
+    monkeypatch.delenv("NHABENCH_GIT_SHA", raising=False)
+    bench([contenders.nha("mine")])
+    assert bench.said.getvalue().count("NHABENCH_GIT_SHA") == 1
+    monkeypatch.setenv("NHABENCH_GIT_SHA", "abcdef0+dirty")
+    bench([contenders.nha("mine")])
+    assert bench.said.getvalue().count("NHABENCH_GIT_SHA") == 1
+    assert {(row.git_sha, row.git_dirty) for row in bench.rows.values()} == {("abcdef0", True)}
 
 
 def test_a_full_disk_is_told_exits_74_and_leaves_the_old_file(
@@ -267,12 +497,46 @@ def test_a_case_that_does_not_fit_is_a_row_that_says_so(
     assert "0.0 GiB are free" in row.note
 
 
+def test_every_input_set_counts_as_needed_memory(
+    bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    case = Case(bench.workload, 1, 16, "float32")
+    monkeypatch.setattr(measure, "cache_bytes", lambda device: case.input_bytes)  # so COLD_FACTOR sets
+    for free, status in ((bytes_needed(case, COLD_FACTOR), "ok"), (bytes_needed(case, COLD_FACTOR) - 1, "skipped")):
+        monkeypatch.setattr(measure, "free_bytes", lambda device, free=free: free)
+        assert bench([contenders.nha("mine")], lengths=[16]).exit_code == 0
+        assert bench.rows["mine", 16].status == status
+
+
+def test_a_failed_call_lets_go_of_its_tensors_before_memory_is_released(
+    bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: list[weakref.ref[torch.Tensor]] = []
+    alive: list[bool] = []
+    release = measure.release
+
+    def watched(device: torch.device) -> None:
+        alive.extend(one() is not None for one in held)
+        release(device)
+
+    def runs_out(inputs: Inputs) -> torch.Tensor:
+        intermediate = inputs.q + 1
+        held.append(weakref.ref(intermediate))
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(measure, "release", watched)
+    bench([contenders.nha("big", runs_out)], lengths=[16])
+    assert bench.rows["big", 16].status == "out of memory"
+    assert alive
+    assert not any(alive)
+
+
 def test_a_lost_device_ends_the_run_with_its_rows(
     bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def lose(lab: object, entry: Any, error: Exception, where: str = "") -> None:
         entry.end("failed", str(error))
-        raise measure.DeviceLost("illegal memory access")
+        raise measure.DeviceLost("The device stopped answering: illegal memory access")
 
     monkeypatch.setattr(measure, "_fail", lose)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nhabench.cli import _device, _dtype, app
+from nhabench.cli import _console, _device, _dtype, app
 from nhabench.results import Row, load_rows, to_csv
 
 RUNNER = CliRunner()
@@ -43,6 +44,14 @@ def test_a_tiny_bench_from_end_to_end(shapes: Path, tmp_path: Path) -> None:
     assert (out / "forward-small-latency.png").exists()
     assert "NHA chunked" in done.stdout
     assert "forward.csv" in done.stdout
+
+
+def test_output_that_is_no_terminals_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
+    assert _console(file=io.StringIO()).width == 200
+    assert _console(file=io.StringIO(), force_terminal=True, width=90).width == 90
+    monkeypatch.setenv("COLUMNS", "120")
+    assert _console(file=io.StringIO()).width == 120
 
 
 def test_json_is_all_that_is_printed(shapes: Path, tmp_path: Path) -> None:

@@ -65,7 +65,24 @@ def test_slugs(name: str, kind: str, slug: str, monkeypatch: pytest.MonkeyPatch)
 
 def test_without_a_checkout_the_commit_is_unknown(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(environment, "_git", lambda *arguments: None)
+    monkeypatch.delenv("NHABENCH_GIT_SHA", raising=False)
     assert git_state() == ("", None)
+
+
+def test_without_a_checkout_the_environment_names_the_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    sha = "0123456789abcdef" * 2 + "01234567"
+    for told, state in (
+        (sha, (sha, False)),
+        (f"{sha}+dirty\n", (sha, True)),
+        ("", ("", None)),
+        ("main", ("", None)),
+        (f"{sha}+changed", ("", None)),
+    ):
+        monkeypatch.setenv("NHABENCH_GIT_SHA", told)
+        monkeypatch.setattr(environment, "_git", lambda *arguments: None)
+        assert git_state() == state
+        monkeypatch.setattr(environment, "_git", lambda *arguments: "abc" if arguments[0] == "rev-parse" else "")
+        assert git_state() == ("abc", False)  # git knows better
 
 
 def test_dirty_is_what_git_lists(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,6 +69,21 @@ def test_what_cannot_be_read_is_none_and_the_rest_is_told() -> None:
     assert (without.clocks(), without.power_cap_w(), without.driver()) == (None, None, "")
 
 
+def test_an_older_nvml_without_a_function_costs_that_reading() -> None:
+    class Older(FakeNvml):
+        def __getattr__(self, name: str) -> Any:
+            if name == "nvmlDeviceGetCurrentClocksEventReasons":
+                raise AttributeError(name)
+            return super().__getattr__(name)
+
+    assert GpuWatch(CUDA, Older()).clocks() == ClockSample(1755, "unknown")
+
+
+def test_a_card_that_cannot_be_found_has_no_readings(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace())  # an older torch
+    assert GpuWatch(CUDA, FakeNvml()).clocks() is None
+
+
 def test_without_the_package_nothing_is_read(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent(name: str) -> Any:
         raise ImportError(name)

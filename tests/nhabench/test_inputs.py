@@ -1,5 +1,8 @@
 """Random inputs: what they are, and how many sets it takes."""
 
+import math
+
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +20,16 @@ def test_shapes_dtype_and_gates(tiny: Workload) -> None:
     assert inputs.g.shape == (2, 12, 2, 8)
     assert {x.dtype for x in (inputs.q, inputs.k, inputs.v, inputs.g)} == {torch.bfloat16}
     assert bool((inputs.g <= 0).all())
-    assert -0.2 < inputs.g.float().mean() < -0.05
+
+
+def test_slots_remember_from_one_token_to_thousands() -> None:
+    inputs = make_inputs(Case(Workload("w", 4, 2, 16, slots=64), 1, 512, "float32"), CPU)
+    memory = -1 / inputs.g.mean(dim=(0, 1, 2))  # in tokens, [M]
+    assert 4500 < memory[0] < 5500
+    assert 1 < memory[-1] < 1.5
+    steps = memory.log().diff()
+    assert float(steps.mean()) == pytest.approx(-math.log(4000) / 63, rel=0.02)  # evenly on a log scale
+    assert make_inputs(Case(Workload("w", 4, 2, 16, slots=1), 1, 512, "float32"), CPU).g.mean() > -1e-3
 
 
 def test_a_seed_is_the_same_inputs_and_another_seed_is_not(tiny: Workload) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -17,7 +18,7 @@ from rich.console import Console
 
 from nhabench.bench import all_contenders
 from nhabench.crossover import find_crossover
-from nhabench.plots import draw_all, latency, speedup, spread
+from nhabench.plots import draw_all, floor, latency, speedup, spread
 from nhabench.results import Row
 from nhabench.tables import milliseconds, print_tables
 
@@ -115,6 +116,57 @@ def test_the_headline_is_the_finding_and_the_title_says_what_was_measured(row: R
     assert "NHA faster from T=1024 on →" in [text.get_text() for text in figure.axes[0].texts]
 
 
+def subtitle(figure: Figure | None) -> str:
+    assert figure is not None
+    return figure.texts[1].get_text()
+
+
+def test_rows_of_two_runs_are_told(row: RowMaker) -> None:
+    rows = race(row, {512: 1.0, 1024: 1.0}, {512: 0.5, 1024: 2.0})
+    for draw in (latency, speedup, floor):
+        assert "runs" not in subtitle(draw(rows))
+    later = [*rows[1:], row(seq_len=512, median_ms=1.0, date="2026-02-03T03:04:05+00:00")]
+    for draw in (latency, speedup, floor):
+        assert "rows of 2 runs, 2026-01-02 to 2026-02-03: compare those of one run" in subtitle(draw(later))
+    # A row without a time is not drawn: its run does not count.
+    failed = row(seq_len=2048, status="failed", median_ms=None, date="2026-02-03T03:04:05+00:00")
+    assert "runs" not in subtitle(latency([*rows, failed]))
+
+
+def test_times_with_host_time_are_hollow_and_told(row: RowMaker) -> None:
+    rows = [row(seq_len=512), row(seq_len=1024, timer="cuda events with host time")]
+    for draw in (latency, floor):
+        figure = draw(rows)
+        assert "hollow: includes host time" in subtitle(figure)
+        assert figure is not None
+        hollow = [line for line in figure.axes[0].lines if line.get_markerfacecolor() == "white"]
+        assert [list(line.get_xdata()) for line in hollow] == [[1024]]
+    assert "hollow" not in subtitle(latency(rows[:1]))
+
+
+def test_a_row_without_an_interval_has_no_band(row: RowMaker) -> None:
+    rows = [row(seq_len=length) for length in (512, 1024, 2048, 4096)]
+    rows[3] = row(seq_len=4096, low_ms=None, high_ms=None)
+    figure = latency(rows)
+    assert figure is not None
+    (band,) = figure.axes[0].collections
+    shaded = np.concatenate([path.vertices for path in band.get_paths()])
+    assert shaded[:, 0].max() == 2048
+
+
+def test_the_second_line_of_a_subtitle_stays_above_the_axes(row: RowMaker) -> None:
+    rows = [row(seq_len=512), row(seq_len=1024, date="2026-02-03T03:04:05+00:00", timer="cuda events with host time")]
+    for draw in (latency, floor):
+        figure = draw(rows)
+        assert figure is not None
+        figure.canvas.draw()
+        box = Text.get_window_extent(figure.texts[1])
+        assert box.x1 <= figure.bbox.x1
+        titles = [axis.title for axis in figure.axes] + [axis._left_title for axis in figure.axes]
+        tops = [Text.get_window_extent(title).y1 for title in titles if title.get_text()]
+        assert box.y0 >= max([*tops, *(axis.get_window_extent().y1 for axis in figure.axes)])
+
+
 def test_plots_of_one_point_and_of_no_rival_are_drawn(row: RowMaker, tmp_path: Path) -> None:
     names = [path.name for path in draw_all([row()], tmp_path)]
     assert names == ["forward-tiny-latency.png", "forward-tiny-floor.png"]
@@ -154,6 +206,28 @@ def test_the_table_marks_the_fastest_of_each_family_and_says_why_the_rest_is_mis
     assert cells("full: cuDNN") == ["*9.00", "*10.5"]
     assert "x: unavailable. No [GPU]." in lines
     assert "NHA triton (T=1024, tiny): incorrect. Wrong." in lines
+
+
+def test_the_table_marks_times_that_include_host_time(row: RowMaker) -> None:
+    text = io.StringIO()
+    print_tables([row(timer="cuda events with host time")], Console(file=text, width=120))
+    assert "*2.00h" in text.getvalue()
+    assert "h includes host time" in " ".join(text.getvalue().split())
+    text = io.StringIO()
+    print_tables([row()], Console(file=text, width=120))
+    assert "h includes" not in text.getvalue()
+
+
+def test_reasons_that_differ_in_their_numbers_are_told_once(row: RowMaker) -> None:
+    rows = [row()]
+    rows += [
+        row(seq_len=length, status="unsupported", median_ms=None, note=f"It takes {length / 100:.1f} GiB of 4 GiB.")
+        for length in (1024, 2048, 4096)
+    ]
+    text = io.StringIO()
+    print_tables(rows, Console(file=text, width=120))
+    lines = [line for line in text.getvalue().splitlines() if "unsupported" in line]
+    assert lines == ["NHA chunked (T=1024, 2048, 4096, tiny): unsupported. It takes 10.2 GiB of 4 GiB. (T=1024, tiny)"]
 
 
 def test_milliseconds_keep_three_digits() -> None:

@@ -5,13 +5,38 @@ from __future__ import annotations
 import pytest
 import torch
 
+from nha_kernels import native_hybrid_attention
 from nhabench import reference
+from nhabench.check import check_against
 from nhabench.implementations import attend
 from nhabench.inputs import Inputs, make_inputs
 from nhabench.reference import BLOCK, Distance, Judge, allowed, distance, slack
 from nhabench.workloads import Case, Workload
 
 CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "SMALL_LENGTH", 96)
+
+
+def carried(inputs: Inputs, segment: int, back: int) -> torch.Tensor:
+    """chunked, segment by segment, with a state that knows only the last `back` segments (0: no state at all)."""
+    window, length = inputs.case.workload.window, inputs.q.shape[1]
+
+    def part(low: int, high: int) -> list[torch.Tensor]:
+        return [x[:, low:high] for x in (inputs.q, inputs.k, inputs.v, inputs.g)]
+
+    outputs = []
+    for low in range(0, length, segment):
+        state, first = None, max(0, low - back * segment)
+        if first < low:
+            state = native_hybrid_attention(*part(first, low), window, backend="chunked", output_final_state=True)[1]
+        outputs.append(
+            native_hybrid_attention(*part(low, low + segment), window, backend="chunked", initial_state=state)[0]
+        )
+    return torch.cat(outputs, 1)
 
 
 def test_distance_of_a_known_error() -> None:
@@ -63,6 +88,23 @@ def test_the_right_output_passes_and_a_shifted_window_does_not(tiny: Workload) -
     assert distance(attend(inputs, "chunked"), truth).within(judge.tolerance)
     shifted = Inputs(Case(tiny.changed(window=9), 1, 100, "float32"), inputs.q, inputs.k, inputs.v, inputs.g)
     assert not distance(attend(shifted, "chunked"), truth).within(judge.tolerance)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_carry_that_is_dropped_or_reaches_one_segment_only_is_seen(dtype: str) -> None:
+    workload = Workload("head", q_heads=4, kv_heads=1, head_dim=64, slots=64, window=64)
+    judge = Judge(workload, dtype, CPU)
+    inputs = make_inputs(Case(workload, 1, 2048, dtype), CPU)
+    truth, _ = judge.reference(inputs)
+
+    def right(o: torch.Tensor) -> bool:
+        return check_against(o, truth, "chunked float64", judge.tolerance).correct
+
+    assert right(carried(inputs, 1024, back=1))
+    assert right(carried(inputs, 512, back=3))
+    assert not right(carried(inputs, 1024, back=0))
+    assert not right(carried(inputs, 512, back=0))
+    assert not right(carried(inputs, 512, back=1))  # a state that was not carried on: what it misses is 512 tokens old
 
 
 def test_large_cases_are_judged_by_chunked_float64(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> None:

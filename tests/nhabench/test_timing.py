@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable
+from itertools import pairwise
 
 import pytest
 from hypothesis import given
@@ -12,8 +14,10 @@ from hypothesis import strategies as st
 
 from nhabench.timing import (
     LEAST_SAMPLES,
-    SLOW_SAMPLES,
+    LONGEST_HEAD_START_MS,
     CudaEvents,
+    Sample,
+    Stopwatch,
     Timing,
     WallClock,
     median_ranks,
@@ -36,10 +40,16 @@ def test_ranks_have_the_confidence_and_no_narrower_pair_has(count: int) -> None:
     assert coverage(low + 1) < 0.95
 
 
-def test_few_samples_span_all_of_them() -> None:
-    assert [median_ranks(count) for count in (1, 2, 5)] == [(0, 0), (0, 1), (0, 4)]
-    with pytest.raises(ValueError, match="count: expected an integer >= 1, got 0"):
-        median_ranks(0)
+def test_few_samples_have_no_interval() -> None:
+    assert median_ranks(LEAST_SAMPLES) == (0, LEAST_SAMPLES - 1)
+    with pytest.raises(ValueError, match="count: expected an integer >= 6, got 5"):
+        median_ranks(5)
+    for count in (1, 2, 5):
+        timing = summarise([1.0] * count)
+        assert (timing.median_ms, timing.low_ms, timing.high_ms) == (1.0, None, None)
+    assert summarise([1.0] * 6).low_ms == 1.0
+    with pytest.raises(ValueError, match="samples: expected at least one"):
+        summarise([])
 
 
 @pytest.mark.parametrize("count", [8, 25, 60])
@@ -48,6 +58,8 @@ def test_the_interval_covers_the_true_median(count: int) -> None:
     trials, covered = 2000, 0
     for _ in range(trials):
         timing = summarise([generator.lognormvariate(0, 0.3) for _ in range(count)])
+        assert timing.low_ms is not None
+        assert timing.high_ms is not None
         covered += timing.low_ms <= 1.0 <= timing.high_ms
     # 95 % or more by construction; 0.9 % is two standard deviations of 2000 trials.
     assert covered / trials >= 0.95 - 0.009
@@ -56,6 +68,8 @@ def test_the_interval_covers_the_true_median(count: int) -> None:
 def test_summary_of_known_samples() -> None:
     timing = summarise([float(value) for value in range(100, 0, -1)], "interval")
     assert (timing.median_ms, timing.min_ms, timing.p95_ms, timing.samples) == (50.5, 1.0, 95.0, 100)
+    assert timing.low_ms is not None
+    assert timing.high_ms is not None
     assert timing.low_ms < 50.5 < timing.high_ms
     assert summarise([3.0, 1.0, 2.0]).median_ms == 2.0
 
@@ -86,21 +100,32 @@ class FakeTime:
 
         return run
 
-    def round(self, calls: Sequence[Callable[[], object]]) -> list[float]:
-        times = []
-        for call in calls:
-            before = self.now
-            call()
-            times.append((self.now - before) * 1e3)
-        return times
+    def stopwatch(self) -> Stopwatch:
+        return self.time
+
+    def time(self, call: Callable[[], object]) -> Sample:
+        before = self.now
+        call()
+        return Sample((self.now - before) * 1e3)
 
 
-def test_contenders_take_turns_and_inputs_rotate() -> None:
+@pytest.mark.parametrize(("contenders", "sets"), [(2, 3), (2, 2), (3, 3), (4, 2), (1, 2), (5, 8)])
+def test_contenders_take_turns_and_none_gets_the_inputs_of_its_predecessor(contenders: int, sets: int) -> None:
     time = FakeTime()
-    race([time.call("a", lambda: 1.0), time.call("b", lambda: 2.0)], time, sets=3, seconds=1.0, clock=time)
-    assert time.order[:8] == ["a0", "b0", "a1", "b1", "a2", "b2", "a1", "b1"]
-    assert [name[0] for name in time.order] == ["a", "b"] * (len(time.order) // 2)
-    assert {name[1] for name in time.order} == {"0", "1", "2"}
+    names = "abcde"[:contenders]
+    race([time.call(name, lambda: 1.0) for name in names], time, sets=sets, seconds=1.0, clock=time)
+    assert [turn[0] for turn in time.order] == list(names) * (len(time.order) // contenders)
+    inputs = [int(turn[1]) for turn in time.order]
+    # Every set is used again only after all the others, also from one round to the next.
+    assert inputs == [index % sets for index in range(len(inputs))]
+
+
+def test_inputs_rotate_when_a_contender_has_left() -> None:
+    time, generator = FakeTime(), random.Random(2)
+    noisy = [time.call(name, lambda: generator.uniform(0.5, 1.5)) for name in "ac"]
+    race([noisy[0], time.call("b", lambda: 1.0), noisy[1]], time, sets=2, seconds=0.2, clock=time)
+    assert {turn[0] for turn in time.order[-10:]} == {"a", "c"}
+    assert all(before[1] != after[1] for before, after in pairwise(time.order))
 
 
 def test_a_steady_call_stops_by_its_interval_and_a_noisy_one_by_time() -> None:
@@ -117,16 +142,24 @@ def test_a_steady_call_stops_by_its_interval_and_a_noisy_one_by_time() -> None:
     assert time.now < 0.3
 
 
-def test_a_slow_call_is_repeated_a_few_times_only() -> None:
+def test_a_slow_call_is_repeated_as_often_as_an_interval_needs() -> None:
     time = FakeTime()
     slow, medium = race(
         [time.call("s", lambda: 400.0), time.call("m", lambda: 60.0)], time, sets=1, seconds=0.1, clock=time
     )
     assert isinstance(slow, Timing)
     assert isinstance(medium, Timing)
-    assert slow.samples == SLOW_SAMPLES
-    assert medium.samples == LEAST_SAMPLES
-    assert time.order.count("s0") == SLOW_SAMPLES  # its pilot is its first sample
+    assert slow.samples == medium.samples == LEAST_SAMPLES == 6
+    assert time.order.count("s0") == LEAST_SAMPLES  # its pilot is its first sample
+    assert slow.low_ms == pytest.approx(400.0)
+
+
+def test_a_race_that_takes_far_too_long_ends_without_an_interval() -> None:
+    time = FakeTime()
+    (slow,) = race([time.call("s", lambda: 11_000.0)], time, sets=1, seconds=2.0, clock=time)
+    assert isinstance(slow, Timing)
+    assert (slow.samples, slow.median_ms) == (4, pytest.approx(11_000.0))  # 33 s after its pilot
+    assert (slow.low_ms, slow.high_ms, slow.stop) == (None, None, "time limit")
 
 
 def test_what_a_call_raises_is_its_result_and_the_others_go_on() -> None:
@@ -148,20 +181,65 @@ def test_what_a_call_raises_is_its_result_and_the_others_go_on() -> None:
     assert len(started) == 1
 
 
+def test_what_the_timer_raises_ends_that_contender_only() -> None:
+    """An asynchronous fault of the device shows when it is waited for, after the call itself has returned."""
+
+    class Faulty(FakeTime):
+        def time(self, call: Callable[[], object]) -> Sample:
+            sample = super().time(call)
+            if self.order[-1].startswith("f"):
+                raise RuntimeError("CUDA error: an illegal memory access was encountered")
+            return sample
+
+    time = Faulty()
+    failed, fine = race(
+        [time.call("f", lambda: 1.0), time.call("a", lambda: 1.0)], time, sets=1, seconds=1.0, clock=time
+    )
+    assert isinstance(failed, RuntimeError)
+    assert isinstance(fine, Timing)
+    assert time.order.count("f0") == 1
+
+
+def test_an_error_lets_go_of_what_its_call_held() -> None:
+    class Big:
+        pass
+
+    held: list[weakref.ref[Big]] = []
+
+    def fails(inputs: int) -> object:
+        big = Big()
+        held.append(weakref.ref(big))
+        try:
+            raise KeyError("inner")
+        except KeyError as error:
+            raise MemoryError("outer") from error
+
+    time = FakeTime()
+    (failed,) = race([fails], time, sets=1, seconds=1.0, clock=time)
+    assert isinstance(failed, MemoryError)
+    assert (failed.__traceback__, failed.__cause__, failed.__context__) == (None, None, None)
+    assert held[0]() is None
+
+
+def test_most_samples_late_is_host_time() -> None:
+    assert not summarise([1.0] * 6, late=3).includes_host
+    assert summarise([1.0] * 6, late=4).includes_host
+
+
 def test_the_wall_clock_measures_milliseconds() -> None:
     import time
 
-    (slept,) = WallClock().round([lambda: time.sleep(0.02)])
-    assert 19 < slept < 20_000
+    slept = WallClock().stopwatch()(lambda: time.sleep(0.02))
+    assert 19 < slept.ms < 20_000
+    assert not slept.late
 
 
 class FakeCuda:
     """A host and a device that works behind it: what CUDA events would show on such a pair."""
 
-    cycles_per_ms = 1000.0
-
     def __init__(self) -> None:
         self.host, self.device = 0.0, 0.0  # in ms
+        self.cycles_per_ms = 1.98e6
 
     def work(self, device_ms: float, host_ms: float = 0.0) -> None:
         self.host += host_ms
@@ -189,6 +267,9 @@ class FakeEvent:
         self.cuda.work(0.0)
         self.at = self.cuda.device
 
+    def query(self) -> bool:
+        return self.at <= self.cuda.host
+
     def elapsed_time(self, end: FakeEvent) -> float:
         return end.at - self.at
 
@@ -196,16 +277,77 @@ class FakeEvent:
 def test_events_show_the_device_and_not_the_host_that_is_slower() -> None:
     cuda = FakeCuda()
     timer = CudaEvents(cuda, cuda.clock)
-    calls = [lambda: cuda.work(1.0, host_ms=5.0), lambda: cuda.work(0.2, host_ms=3.0)]
-    assert timer.round(calls)[0] > 2.0  # the first round does not know the host yet: the device waits inside a call
+    one, two = timer.stopwatch(), timer.stopwatch()
+
+    def first() -> Sample:
+        return one(lambda: cuda.work(1.0, host_ms=5.0))
+
+    def second() -> Sample:
+        return two(lambda: cuda.work(0.2, host_ms=3.0))
+
+    assert first().late  # the host is not known yet: the device waits inside the call, which is told
+    second()
     for _ in range(3):
-        assert timer.round(calls) == pytest.approx([1.0, 0.2])
+        for sample, milliseconds in ((first(), 1.0), (second(), 0.2)):
+            assert sample.ms == pytest.approx(milliseconds)
+            assert not sample.late
+
+
+def test_a_call_that_waits_for_the_device_says_so_and_costs_its_neighbour_nothing() -> None:
+    cuda = FakeCuda()
+    timer = CudaEvents(cuda, cuda.clock)
+
+    def waits() -> None:
+        cuda.work(0.5, host_ms=0.2)
+        cuda.synchronize()  # as a copy from pageable memory does
+        cuda.work(0.5, host_ms=0.7)
+
+    waiting, queued, times = timer.stopwatch(), timer.stopwatch(), []
+    for _ in range(20):
+        before = cuda.host
+        sample = waiting(waits)
+        times.append(cuda.host - before)
+        assert sample.late
+        assert sample.ms == pytest.approx(1.7)  # device and host
+        follower = queued(lambda: cuda.work(0.3, host_ms=1.5))
+    assert follower == Sample(pytest.approx(0.3), late=False)
+    # A host time that holds the sleep is not made into a longer sleep each time.
+    assert max(times) < 10
+
+
+def test_a_host_that_is_late_once_keeps_its_head_start() -> None:
+    cuda = FakeCuda()
+    watch = CudaEvents(cuda, cuda.clock).stopwatch()
+    hosts = [1.0] * 3 + [9.0] + [1.0] * 3  # something else took the core for a moment
+    samples = [watch(lambda host=host: cuda.work(0.5, host_ms=host)) for host in hosts]
+    assert [sample.late for sample in samples] == [False] * 3 + [True] + [False] * 3
+    assert [sample.ms for sample in samples if not sample.late] == pytest.approx([0.5] * 6)
 
 
 def test_the_head_start_has_a_limit() -> None:
     cuda = FakeCuda()
-    timer = CudaEvents(cuda, cuda.clock)
-    timer.round([lambda: cuda.work(1.0, host_ms=5000.0)])
+    watch = CudaEvents(cuda, cuda.clock).stopwatch()
+    for _ in range(3):
+        assert watch(lambda: cuda.work(1.0, host_ms=5000.0)).late
     before = cuda.device
-    timer.round([lambda: cuda.work(1.0)])
-    assert cuda.device - before <= 21.0 + 1e-6
+    watch(lambda: cuda.work(1.0))
+    assert cuda.device - before <= LONGEST_HEAD_START_MS + 1.0 + 1e-6
+
+
+def test_the_sleep_follows_the_clocks() -> None:
+    cuda = FakeCuda()
+    cuda.cycles_per_ms = 345e3  # idle
+    watch = CudaEvents(cuda, cuda.clock).stopwatch()
+
+    def sample() -> tuple[Sample, float]:
+        before = cuda.host
+        return watch(lambda: cuda.work(0.5, host_ms=4.0)), cuda.host - before
+
+    for _ in range(3):
+        sample()
+    cuda.cycles_per_ms = 1.98e6  # under load
+    assert sample()[0].late  # it slept too short
+    sample()
+    last, took = sample()
+    assert last == Sample(pytest.approx(0.5), late=False)
+    assert took == pytest.approx(1.3 * 4.0 + 0.1 + 0.5)
