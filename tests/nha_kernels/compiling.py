@@ -107,7 +107,7 @@ def main(dtype: str, capability: int) -> None:
             row = {
                 "problem": name(problem), "kernel": launch.kernel.__name__, "shared": compiled.metadata.shared,
                 "target": target and target[1], "cubin": len(compiled.asm["cubin"]),
-                "register_transposes": len(re.findall(r"\btt\.trans\b", compiled.asm["ttgir"])),
+                "transposed_left": len(re.findall(r"\btt\.trans\b.*opIdx = 0", compiled.asm["ttgir"])),
             }  # fmt: skip
             print(json.dumps(row), flush=True)
 
