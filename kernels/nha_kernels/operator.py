@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -14,9 +15,43 @@ from .problem import Inputs, Problem
 from .registry import BACKENDS
 from .state import NHAState, advance
 
-Output = tuple[Tensor, NHAState | None] | tuple[Tensor, NHAState | None, Tensor]
+Output = tuple[Tensor, NHAState | None]
+OutputWithLse = tuple[Tensor, NHAState | None, Tensor]
 
 
+class _DecodeOptions(TypedDict, total=False):
+    """The optional arguments, for the signatures below that differ in what they return."""
+
+    s: Tensor | None
+    rope: tuple[Tensor, Tensor] | None
+    q_window: Tensor | None
+    k_window: Tensor | None
+    scale: float | None
+    slot_delay: int | None
+    mask_empty_slots: bool
+
+
+class _Options(_DecodeOptions, total=False):
+    cu_seqlens: Tensor | None
+    initial_state: NHAState | None
+    output_final_state: bool
+    backend: str
+
+
+@overload
+def native_hybrid_attention(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, window_size: int, *, return_lse: Literal[False] = False,
+    **options: Unpack[_Options],
+) -> Output: ...  # fmt: skip
+@overload
+def native_hybrid_attention(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, window_size: int, *, return_lse: Literal[True],
+    **options: Unpack[_Options],
+) -> OutputWithLse: ...  # fmt: skip
+@overload
+def native_hybrid_attention(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, window_size: int, *, return_lse: bool, **options: Unpack[_Options]
+) -> Output | OutputWithLse: ...
 def native_hybrid_attention(
     q: Tensor,
     k: Tensor,
@@ -36,7 +71,7 @@ def native_hybrid_attention(
     output_final_state: bool = False,
     return_lse: bool = False,
     backend: str = "auto",
-) -> Output:
+) -> Output | OutputWithLse:
     """Native Hybrid Attention (Du et al., arXiv 2510.07019): one softmax over M recurrent slots and the last W tokens.
 
     For one sequence and kv head, with alpha_t = exp(g_t) and s_t = 1 - alpha_t unless `s` is given::
@@ -124,6 +159,21 @@ def explain(
     return explain_problem(problem)
 
 
+@overload
+def nha_decode_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: NHAState, window_size: int, *,
+    return_lse: Literal[False] = False, **options: Unpack[_DecodeOptions],
+) -> Tensor: ...  # fmt: skip
+@overload
+def nha_decode_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: NHAState, window_size: int, *, return_lse: Literal[True],
+    **options: Unpack[_DecodeOptions],
+) -> tuple[Tensor, Tensor]: ...  # fmt: skip
+@overload
+def nha_decode_step(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, state: NHAState, window_size: int, *, return_lse: bool,
+    **options: Unpack[_DecodeOptions],
+) -> Tensor | tuple[Tensor, Tensor]: ...  # fmt: skip
 def nha_decode_step(
     q: Tensor,
     k: Tensor,
