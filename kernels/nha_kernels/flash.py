@@ -15,18 +15,16 @@ import torch
 from torch import Tensor
 
 from . import flash_window
-from .flash_window import Packing, window_attention, window_kernel
+from .flash_window import Packing, window_kernel
 from .layout import Places, Plan, Segment, Source, plan, window_queries
 from .problem import Inputs, Problem, Result, accumulate_dtype
 from .slots import final_slots, initial_slots, mask_slots, remember, slot_index, slot_logits, slot_tokens, slot_values
 from .walk import refuse_second_order, walk, walk_back
 
-__all__ = ["run", "why_not", "why_unavailable", "window_attention"]
-
 DTYPES = (torch.float16, torch.bfloat16)
 
 
-def why_unavailable(device_type: str = "cuda") -> str | None:
+def why_unavailable(device_type: str) -> str | None:
     """Why `flash` cannot run on a device type of this machine at all, or None."""
     if device_type != "cuda":
         return f"flash runs flash-attention kernels, which are for CUDA only; the tensors are on {device_type}"
