@@ -10,18 +10,20 @@ from pathlib import Path
 from matplotlib import patheffects, ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 
 from nhabench.crossover import Crossover, fastest_by_length, find_crossover, time_of
 from nhabench.results import HOST_TIME, Row
-from nhabench.tables import grouped, shape
+from nhabench.tables import FAMILIES, grouped, shape
 
 DPI = 150
 LABEL_POINTS = 8.5
 LABEL_GAP = 1.25  # in heights of a label
 
 # Okabe and Ito's palette: a colour for each family, so that the eye finds NHA against full against linear first; within
-# a family marker and label tell the lines apart. NHA has a colour for each of its implementations.
+# a family marker and label tell the lines apart. NHA has a colour for each of its implementations. Thick lines and bold
+# names are for the two that the finding is about: the fastest NHA and the fastest full attention.
 _BLACK, _ORANGE, _SKY, _GREEN, _BLUE, _VERMILLION, _PURPLE = (
     "#000000", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00", "#CC79A7",
 )  # fmt: skip
@@ -34,20 +36,19 @@ class Style:
     color: str
     marker: str
     line: str
-    width: float = 1.4
 
 
 _STYLES = {
-    "triton": Style(_VERMILLION, "o", "-", 2.8),
-    "flash": Style(_ORANGE, "s", "-", 2.2),
-    "chunked": Style(_PURPLE, "^", "-", 2.2),
-    "naive": Style(_BLACK, "x", "-", 2.2),
-    "sdpa-cudnn": Style(_BLUE, "D", "--", 2.0),
+    "triton": Style(_VERMILLION, "o", "-"),
+    "flash": Style(_ORANGE, "s", "-"),
+    "chunked": Style(_PURPLE, "^", "-"),
+    "naive": Style(_BLACK, "x", "-"),
+    "sdpa-cudnn": Style(_BLUE, "D", "--"),
     "sdpa-flash": Style(_BLUE, "v", "--"),
     "sdpa-efficient": Style(_SKY, "<", "--"),
     "sdpa-math": Style(_SKY, ">", "--"),
     "flash-attn-2": Style(_BLUE, "P", "--"),
-    "flash-attn-3": Style(_BLUE, "X", "--", 2.0),
+    "flash-attn-3": Style(_BLUE, "X", "--"),
     "window": Style("#666666", "*", "-."),
     "linear": Style(_GREEN, "d", ":"),
     "gla": Style(_GREEN, "h", ":"),
@@ -56,7 +57,7 @@ _STYLES = {
     "gated-delta-rule": Style(_GREEN, "2", ":"),
 }
 _FAMILY_STYLES = {
-    "nha": Style(_VERMILLION, ".", "-", 2.2),
+    "nha": Style(_VERMILLION, ".", "-"),
     "full": Style(_BLUE, ".", "--"),
     "window": Style("#666666", ".", "-."),
     "linear": Style(_GREEN, ".", ":"),
@@ -67,6 +68,7 @@ def _style(row: Row) -> Style:
     return _STYLES.get(row.implementation, _FAMILY_STYLES[row.family])
 
 
+_DEFINITIONS = ("naive", "sdpa-math")
 _HALO = [patheffects.withStroke(linewidth=2.5, foreground="white")]
 
 Lines = dict[str, list[Row]]
@@ -81,10 +83,17 @@ def _lines(rows: Sequence[Row], families: Sequence[str]) -> Lines:
     return {name: [points[length] for length in sorted(points)] for name, points in found.items()}
 
 
-def _competitive(lines: Lines) -> Lines:
-    """Without naive, where there is another NHA: the one slow point of the definition would squeeze the rest."""
-    others = [line for name, line in lines.items() if name != "naive" and line[0].family == "nha"]
-    return {name: line for name, line in lines.items() if name != "naive" or not others}
+def _leaders(rows: Sequence[Row], families: Sequence[str]) -> set[str]:
+    """The implementations that are the fastest of their family at some T."""
+    return {row.implementation for family in families for row in fastest_by_length(rows, family).values()}
+
+
+def _contest(rows: Sequence[Row], families: Sequence[str]) -> tuple[Lines, list[str]]:
+    """The lines to draw, and the labels of those left out: plain definitions that are nowhere the fastest of their
+    family, slow and measured at small T only."""
+    lines, leaders = _lines(rows, families), _leaders(rows, FAMILIES)
+    absent = [name for name in lines if name in _DEFINITIONS and name not in leaders]
+    return {name: line for name, line in lines.items() if name not in absent}, [lines[name][0].label for name in absent]
 
 
 def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
@@ -110,7 +119,7 @@ def _save(figure: Figure, path: Path) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
     try:
-        figure.savefig(beside, dpi=DPI, format="png")
+        figure.savefig(beside, format="png")
         beside.replace(path)
     finally:
         beside.unlink(missing_ok=True)
@@ -119,7 +128,7 @@ def _save(figure: Figure, path: Path) -> Path:
 
 def _figure(panels: int, right: float) -> tuple[Figure, list[Axes]]:
     # Not through pyplot: it would keep every figure, and could look for a display.
-    figure = Figure(figsize=(9.6 if panels == 1 else 12.8, 5.6 if panels == 1 else 4.4))
+    figure = Figure(figsize=(9.6 if panels == 1 else 12.8, 5.6 if panels == 1 else 4.4), dpi=DPI)
     FigureCanvasAgg(figure)
     axes = [figure.add_subplot(1, panels, index + 1) for index in range(panels)]
     top = 0.86 if panels == 1 else 0.80
@@ -127,8 +136,9 @@ def _figure(panels: int, right: float) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _headline(figure: Figure, finding: str, subject: str, rows: Sequence[Row]) -> None:
-    """The finding first, then what was measured where, and what a reader should know about the rows."""
+def _headline(figure: Figure, finding: str, subject: str, rows: Sequence[Row], absent: Sequence[str]) -> None:
+    """The finding first, then what was measured where, and what a reader should know about the rows; in the corner the
+    names of what is not drawn."""
     left, row = figure.subplotpars.left, rows[0]
     figure.text(left, 0.975, finding, fontsize=13, fontweight="bold", va="top")
     where = f"{subject} on {row.device}: {row.workload} ({shape(row)}, {row.dtype})"
@@ -143,12 +153,15 @@ def _headline(figure: Figure, finding: str, subject: str, rows: Sequence[Row]) -
         if len(figure.axes) > 1:  # these have titles of their own
             figure.subplots_adjust(top=figure.subplotpars.top - 0.05)
     figure.text(left, 0.925 if len(figure.axes) == 1 else 0.905, where, fontsize=9.5, va="top", color="#333333")
+    if absent:
+        figure.text(0.99, 0.02, "\n".join(["slower, not drawn:", *absent]), fontsize=8, ha="right", color="#333333")
 
 
-def _length_axis(axis: Axes, rows: Sequence[Row]) -> None:
+def _length_axis(axis: Axes, rows: Sequence[Row], most: int = 12) -> None:
+    """Log scale of T, with `most` lengths named at most, the largest always."""
     lengths = sorted({row.seq_len for row in rows})
     axis.set_xscale("log", base=2)
-    axis.xaxis.set_major_locator(ticker.FixedLocator(lengths))
+    axis.xaxis.set_major_locator(ticker.FixedLocator(lengths[:: -math.ceil(len(lengths) / most)]))
     axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
     axis.xaxis.set_minor_locator(ticker.NullLocator())
     axis.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.12)
@@ -163,21 +176,21 @@ def _length_axis(axis: Axes, rows: Sequence[Row]) -> None:
         axis.spines[side].set_visible(False)
 
 
-def _log_axis(axis: Axes) -> None:
+def _log_axis(axis: Axes, unit: str = "") -> None:
     """Log scale of what is drawn already; over few decades with more than the powers of ten named."""
     axis.set_yscale("log")
     low, high = axis.get_ylim()
     axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0) if high / low < 300 else (1.0,)))
-    axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+    axis.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}{unit}"))
     axis.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _draw_line(axis: Axes, rows: Sequence[Row], value: Callable[[Row], float]) -> None:
+def _draw_line(axis: Axes, rows: Sequence[Row], value: Callable[[Row], float], leads: bool) -> None:
     style = _style(rows[0])
     x, y = [row.seq_len for row in rows], [value(row) for row in rows]
     axis.plot(
-        x, y, color=style.color, marker=style.marker, linestyle=style.line, linewidth=style.width, markersize=5.5,
-        zorder=4 if rows[0].family == "nha" else 3,
+        x, y, color=style.color, marker=style.marker, linestyle=style.line, linewidth=2.8 if leads else 1.3,
+        markersize=5.5, zorder=4 if leads else 3,
     )  # fmt: skip
     hollow = [(row.seq_len, value(row)) for row in rows if HOST_TIME in row.timer]
     if hollow:
@@ -211,11 +224,10 @@ class End:
     bold: bool = False
 
 
-def _ends(lines: Lines, value: Callable[[Row], float]) -> list[End]:
-    lasts = [rows[-1] for rows in lines.values()]
+def _ends(lines: Lines, value: Callable[[Row], float], leaders: set[str]) -> list[End]:
     return [
-        End(row.seq_len, value(row), row.label.removesuffix(" (plain PyTorch)"), _style(row).color, row.family == "nha")
-        for row in lasts
+        End(row.seq_len, value(row), row.label.removesuffix(" (plain PyTorch)"), _style(row).color, name in leaders)
+        for name, (*_, row) in lines.items()
     ]
 
 
@@ -233,9 +245,10 @@ def _label_ends(axis: Axes, ends: Sequence[End]) -> None:
 
 
 def _label(axis: Axes, end: End, right: float, up: float) -> None:
+    ink = tuple(0.65 * part for part in to_rgb(end.color))  # thin strokes in a line's own colour are hard to read
     axis.annotate(
         end.text, xy=(end.x, end.y), xytext=(right, up), textcoords="offset points", va="center",
-        fontsize=LABEL_POINTS, fontweight="bold" if end.bold else "normal", color=end.color, annotation_clip=False,
+        fontsize=LABEL_POINTS, fontweight="bold" if end.bold else "normal", color=ink, annotation_clip=False,
         arrowprops={"arrowstyle": "-", "color": end.color, "linewidth": 0.6, "shrinkA": 1, "shrinkB": 4,
                     "relpos": (0.0, 0.5)},
         path_effects=_HALO, zorder=6,
@@ -252,28 +265,29 @@ def _draw_band(axis: Axes, rows: Sequence[Row]) -> None:
 
 def latency(rows: Sequence[Row]) -> Figure | None:
     """Milliseconds against T on log axes, the median's interval shaded, the crossover with full attention marked."""
-    lines = _lines(rows, ("nha", "full", "window", "linear"))
+    lines, absent = _contest(rows, FAMILIES)
     if not lines:
         return None
     figure, (axis,) = _figure(1, right=0.76)
     timed = [row for line in lines.values() for row in line]
+    leaders = _leaders(rows, ("nha", "full"))
     _length_axis(axis, timed)
-    for line in lines.values():
+    for name, line in lines.items():
         _draw_band(axis, line)
-        _draw_line(axis, line, time_of)
+        _draw_line(axis, line, time_of, name in leaders)
     _log_axis(axis)
-    axis.set_ylabel("median time of a forward call, ms")
+    axis.set_ylabel("median time of a forward call, ms; 95 % interval shaded")
     crossover = find_crossover(rows)
     if crossover is not None and crossover.at is not None:
         _mark_crossover(axis, crossover, rows)
     finding = crossover.sentence if crossover else "Forward latency"
-    _headline(figure, finding, "Forward latency, 95 % interval shaded,", timed)
-    _label_ends(axis, _ends(lines, time_of))
+    _headline(figure, finding, "Forward latency", timed, absent)
+    _label_ends(axis, _ends(lines, time_of, leaders))
     return figure
 
 
 def _mark_crossover(axis: Axes, crossover: Crossover, rows: Sequence[Row]) -> None:
-    """A ring where the fastest NHA and the fastest full attention cross, and from where on NHA is faster."""
+    """A ring where the fastest NHA and the fastest full attention cross, and their names."""
     at = crossover.at or 0.0
     lengths = sorted(fastest_by_length(rows, "nha"))
     nha, full = fastest_by_length(rows, "nha"), fastest_by_length(rows, "full")
@@ -285,19 +299,25 @@ def _mark_crossover(axis: Axes, crossover: Crossover, rows: Sequence[Row]) -> No
     axis.plot([at], [height], marker="o", markersize=13, markerfacecolor="none", markeredgecolor=_BLACK, zorder=7)
     # Lines rise to the right: beside the mark, the upper left is the free side, unless the mark is at the very left.
     first, last = lengths[0], max(lengths[-1], after)
-    at_left = math.log(at / first) < 0.3 * math.log(last / first)
+    at_left = math.log(at / first) < 0.4 * math.log(last / first)
+    full_name = crossover.full.label.removeprefix("full: ")
     axis.annotate(
-        f"NHA faster from T={after} on →",
+        f"{crossover.nha.label} overtakes\n{full_name} at T ≈ {_two_digits(at)} →",
         xy=(at, 1.0), xycoords=("data", "axes fraction"), xytext=(4 if at_left else -4, -4),
         textcoords="offset points", ha="left" if at_left else "right", va="top", fontsize=9, fontweight="bold",
         zorder=7, path_effects=_HALO,
     )  # fmt: skip
 
 
+def _two_digits(length: float) -> str:
+    """Rounded: what is between two measured lengths is not known better."""
+    return f"{round(length, 1 - math.floor(math.log10(length))):.0f}"
+
+
 def speedup(rows: Sequence[Row]) -> Figure | None:
     """How many times faster than the fastest full attention at the same T, for NHA, window and linear attention."""
     full = fastest_by_length(rows, "full")
-    lines = _competitive(_lines([row for row in rows if row.seq_len in full], ("nha", "window", "linear")))
+    lines, absent = _contest([row for row in rows if row.seq_len in full], ("nha", "window", "linear"))
     if not lines:
         return None
 
@@ -306,15 +326,18 @@ def speedup(rows: Sequence[Row]) -> Figure | None:
 
     figure, (axis,) = _figure(1, right=0.76)
     timed = [row for line in lines.values() for row in line]
+    leaders = _leaders(rows, ("nha",))
     _length_axis(axis, timed)
-    for line in lines.values():
-        _draw_line(axis, line, gain)
-    axis.axhline(1.0, color=_BLUE, linestyle="--", linewidth=2.0, zorder=2)
-    _log_axis(axis)
-    axis.set_ylabel("times faster than the fastest full attention")
-    _headline(figure, _speedup_finding(rows, gain), "Forward speed-up over full attention", [*timed, *full.values()])
+    for name, line in lines.items():
+        _draw_line(axis, line, gain, name in leaders)
+    axis.axhline(1.0, color=_BLUE, linestyle="--", linewidth=2.8, zorder=2)
+    _log_axis(axis, "x")
+    axis.set_ylabel("speed relative to the fastest full attention")
+    subject = "Forward speed-up over full attention"
+    _headline(figure, _speedup_finding(rows, gain), subject, [*timed, *full.values()], absent)
     names = " / ".join(dict.fromkeys(row.label.removeprefix("full: ") for row in full.values()))
-    _label_ends(axis, [*_ends(lines, gain), End(timed[-1].seq_len, 1.0, f"fastest full ({names})", _BLUE)])
+    baseline = End(timed[-1].seq_len, 1.0, f"fastest full ({names})", _BLUE, bold=True)
+    _label_ends(axis, [*_ends(lines, gain, leaders), baseline])
     return figure
 
 
@@ -330,24 +353,23 @@ def _speedup_finding(rows: Sequence[Row], gain: Callable[[Row], float]) -> str:
 
 def floor(rows: Sequence[Row]) -> Figure | None:
     """NHA against what the device can do: TB/s, TFLOP/s, and the fraction of the floor, by T."""
-    lines = _competitive(_lines(rows, ("nha",)))
+    lines, absent = _contest(rows, ("nha",))
     if not lines:
         return None
     figure, axes = _figure(3, right=0.88)
     timed = [row for line in lines.values() for row in line]
-    first = timed[-1]
+    first, leaders = timed[-1], _leaders(rows, ("nha",))
     panels: tuple[tuple[str, Callable[[Row], float], float | None, str], ...] = (
         ("TB/s: bytes of the floor / time", lambda row: row.tb_per_s or 0.0, first.copy_tb_per_s, "copy"),
         ("TFLOP/s: FLOPs of the floor / time", lambda row: row.tflop_per_s or 0.0, first.matmul_tflop_per_s, "matmul"),
         ("speed, in per cent of the floor's", lambda row: 100 * (row.floor_fraction or 0.0), 100.0, "floor"),
     )
-    for axis, (name, value, ceiling, ceiling_name) in zip(axes, panels, strict=True):
-        _length_axis(axis, timed)
+    for axis, (title, value, ceiling, ceiling_name) in zip(axes, panels, strict=True):
+        _length_axis(axis, timed, most=6)
         axis.set_xlabel("sequence length T")
-        axis.tick_params(axis="x", labelsize=7.5)
-        axis.set_title(name, fontsize=10, loc="left")
-        for line in lines.values():
-            _draw_line(axis, line, value)
+        axis.set_title(title, fontsize=10, loc="left")
+        for name, line in lines.items():
+            _draw_line(axis, line, value, name in leaders)
         if ceiling is not None:
             axis.axhline(ceiling, color=_BLACK, linestyle="--", linewidth=1.2)
             text = f"{ceiling_name}: {ceiling:.3g}" if ceiling_name != "floor" else "the floor"
@@ -358,6 +380,6 @@ def floor(rows: Sequence[Row]) -> Figure | None:
     finding = (
         f"{best.label} runs at {100 * (best.floor_fraction or 0.0):.2g} % of what the floor allows (T={best.seq_len})"
     )
-    _headline(figure, finding, "Achieved rates of the forward pass", timed)
-    _label_ends(axes[-1], _ends(lines, panels[-1][1]))
+    _headline(figure, finding, "Achieved rates of the forward pass", timed, absent)
+    _label_ends(axes[-1], _ends(lines, panels[-1][1], leaders))
     return figure

@@ -90,14 +90,16 @@ def crowd(row: RowMaker) -> list[Row]:
     ]  # fmt: skip
 
 
-def labels(figure: Figure) -> list[Annotation]:
-    (axis,) = figure.axes
+def labels(figure: Figure | None) -> list[Annotation]:
+    """The names of the lines, beside the last axes."""
+    assert figure is not None
+    axis = figure.axes[-1]
     assert isinstance(axis, Axes)
     return [text for text in axis.texts if isinstance(text, Annotation) and text.arrow_patch is not None]
 
 
 def test_every_line_is_named_beside_its_end_inside_the_figure_without_overlap(crowd: list[Row]) -> None:
-    for figure, count in ((latency(crowd), 16), (speedup(crowd), 10)):
+    for figure, count in ((latency(crowd), 14), (speedup(crowd), 10)):
         assert figure is not None
         figure.canvas.draw()
         boxes = [Text.get_window_extent(text) for text in labels(figure)]  # without the leader
@@ -113,7 +115,84 @@ def test_the_headline_is_the_finding_and_the_title_says_what_was_measured(row: R
     assert finding == "NHA chunked is faster than full attention (cuDNN) from T=1024"
     for part in ("Some CPU", "tiny", "4/2 heads, D=16, M=8, W=8", "float32"):
         assert part in subject
-    assert "NHA faster from T=1024 on →" in [text.get_text() for text in figure.axes[0].texts]
+    assert "NHA chunked overtakes\ncuDNN at T ≈ 720 →" in [text.get_text() for text in figure.axes[0].texts]
+
+
+@pytest.mark.parametrize("at", [600, 3_000, 30_000, 100_000])
+def test_the_name_of_the_crossover_is_on_the_free_side_inside_the_axes(at: int, row: RowMaker) -> None:
+    lengths = [512 * 2**step for step in range(9)]
+    figure = latency(race(row, dict.fromkeys(lengths, 1.0), {length: length / at for length in lengths}))
+    assert figure is not None
+    figure.canvas.draw()
+    (axis,) = figure.axes
+    (name,) = [text for text in axis.texts if "overtakes" in text.get_text()]
+    assert name.get_text().endswith(f"at T ≈ {at} →")
+    box, frame = Text.get_window_extent(name), axis.get_window_extent()
+    assert frame.x0 < box.x0 < box.x1 < frame.x1
+    curves = [line for line in axis.lines if len(line.get_xdata()) == len(lengths)]
+    assert len(curves) == 2
+    for curve in curves:
+        assert not curve.get_path().transformed(curve.get_transform()).intersects_bbox(box, filled=False)
+
+
+def styles(figure: Figure | None) -> dict[str, tuple[float | None, str]]:
+    """By the name of a line: its width, and the weight of the name."""
+    assert figure is not None
+    lines = figure.axes[-1].lines
+    widths = {(line.get_xdata()[-1], line.get_ydata()[-1]): line.get_linewidth() for line in lines}
+    return {name.get_text(): (widths.get(name.xy), name.get_fontweight()) for name in labels(figure)}
+
+
+def test_the_fastest_nha_and_the_fastest_full_attention_stand_out(row: RowMaker) -> None:
+    rows = race(row, {512: 3.0, 1024: 3.1}, {512: 2.0, 1024: 4.0})
+    rows += [row(seq_len=length, median_ms=2.5, implementation="triton", label="NHA triton") for length in (512, 1024)]
+    rows += [
+        row(seq_len=length, median_ms=9.0, implementation="sdpa-flash", label="full: SDPA flash", family="full")
+        for length in (512, 1024)
+    ]
+    found = styles(latency(rows))
+    assert found["NHA triton"] == found["full: cuDNN"] == (2.8, "bold")
+    assert found["NHA chunked"] == found["full: SDPA flash"] == (1.3, "normal")
+    assert styles(floor(rows))["NHA triton"] == (2.8, "bold")
+
+
+def test_a_slow_definition_is_named_and_not_drawn(row: RowMaker) -> None:
+    rows = race(row, {512: 3.0, 1024: 3.0}, {512: 2.0, 1024: 4.0})
+    rows.append(row(median_ms=99.0, implementation="naive", label="NHA naive"))
+    rows.append(row(median_ms=98.0, implementation="sdpa-math", label="full: SDPA math", family="full"))
+    for draw, absent in ((latency, ["NHA naive", "full: SDPA math"]), (speedup, ["NHA naive"]), (floor, ["NHA naive"])):
+        figure = draw(rows)
+        assert figure is not None
+        assert figure.texts[-1].get_text().splitlines() == ["slower, not drawn:", *absent]
+        assert not {"NHA naive", "full: SDPA math"} & set(styles(figure))
+        figure.canvas.draw()
+        note = figure.texts[-1].get_window_extent()
+        axis = figure.axes[-1]
+        boxes = [
+            axis.get_window_extent(),
+            axis.xaxis.label.get_window_extent(),
+            *map(Text.get_window_extent, labels(figure)),
+        ]
+        assert not any(note.overlaps(box) for box in boxes)
+
+
+def test_a_definition_is_drawn_where_it_is_the_fastest(row: RowMaker) -> None:
+    rows = [row(seq_len=length, implementation="naive", label="NHA naive") for length in (512, 1024)]
+    rows.append(row(seq_len=1024, median_ms=9.0))
+    for draw in (latency, floor):
+        figure = draw(rows)
+        assert figure is not None
+        assert not any("not drawn" in text.get_text() for text in figure.texts)
+        assert "NHA naive" in styles(figure)
+
+
+def test_many_lengths_are_not_all_named_in_a_narrow_panel(row: RowMaker) -> None:
+    lengths = [512 * 2**step for step in range(9)]
+    rows = [row(seq_len=length) for length in lengths]
+    for draw, named in ((latency, lengths), (floor, lengths[::2])):
+        figure = draw(rows)
+        assert figure is not None
+        assert sorted(figure.axes[0].get_xticks()) == named
 
 
 def subtitle(figure: Figure | None) -> str:
