@@ -6,6 +6,7 @@ import inspect
 import re
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from importlib import metadata
 from types import ModuleType
 from typing import Any
@@ -22,7 +23,7 @@ from nha_kernels import (
     flash_window,
     native_hybrid_attention,
 )
-from nha_kernels.dispatch import ORDER, choose, explain_problem
+from nha_kernels.dispatch import CPU_ORDER, ORDER, choose, explain_problem
 from nha_kernels.registry import IMPLEMENTATIONS
 
 from .helpers import DEVICE, ON_GPU, Case, call, describe, judge, make, skip_unserved
@@ -133,8 +134,18 @@ def test_the_default_device_is_the_one_there_is() -> None:
 
 
 def test_every_backend_has_a_place_in_the_order() -> None:
-    assert sorted(ORDER) == sorted(BACKENDS)
+    assert sorted(ORDER) == sorted(CPU_ORDER) == sorted(BACKENDS)
     assert ORDER[-1] == "naive"
+
+
+@pytest.mark.parametrize("window", [0, 64, 4096])
+def test_on_a_gpu_the_most_fused_that_can_is_chosen(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, made in list(IMPLEMENTATIONS.items()):
+        monkeypatch.setitem(IMPLEMENTATIONS, name, type(made)(name, made.why_not, lambda device: None, made.run))
+    problem = describe(**ON_HOPPER, window=window)
+    assert choose(problem, "auto").name == "triton"
+    assert choose(replace(problem, needs_grad=True), "auto").name == ("flash" if window else "chunked")
+    assert choose(replace(problem, dtype=torch.float64), "auto").name == "chunked"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
