@@ -11,7 +11,7 @@ from typing import NoReturn, SupportsIndex
 import torch
 from torch import Tensor
 
-from .problem import Inputs, Positions, Problem, accumulate_dtype, history_length
+from .problem import Inputs, Problem, accumulate_dtype, history_length
 from .state import NHAState
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -31,11 +31,8 @@ def check_call(
     Values (g <= 0, the order of cu_seqlens, positions within the rope tables) are checked on the CPU. On other devices
     that would wait for the device, so it is done only where the environment says NHA_CHECK_VALUES=1.
     """
-    _check_integer("window_size", window_size)
-    if slot_delay is not None:
-        _check_integer("slot_delay", slot_delay)
-    window_size = index(window_size)
-    delay = window_size if slot_delay is None else index(slot_delay)
+    window_size = _integer("window_size", window_size)
+    delay = window_size if slot_delay is None else _integer("slot_delay", slot_delay)
     _check_flags(mask_empty_slots=mask_empty_slots, output_final_state=output_final_state, return_lse=return_lse)
     q, k, v, g = inputs.q, inputs.k, inputs.v, inputs.g
     _check_tensors(inputs)
@@ -58,7 +55,7 @@ def check_call(
         _check_shape("k_window", inputs.k_window, tuple(k.shape), "the shape of k, [B, T, H, D]")
     if isinstance(inputs.scale, bool) or not isinstance(inputs.scale, (int, float)):
         _fail("scale", "a finite number > 0", f"{inputs.scale!r} of type {type(inputs.scale).__name__}", TypeError)
-    if not (math.isfinite(inputs.scale) and inputs.scale > 0):
+    if not 0 < inputs.scale < math.inf:
         _fail("scale", "a finite number > 0", str(inputs.scale))
 
     sequences = batch
@@ -66,41 +63,16 @@ def check_call(
         sequences = _check_cu_seqlens(inputs.cu_seqlens, q)
     if inputs.rope is not None:
         _check_rope(inputs, tokens, head_dim)
-    positions: Positions = "none"
-    if inputs.rope is not None:
-        positions = "rope"
-    elif inputs.q_window is not None or inputs.k_window is not None:
-        positions = "given"
     state = inputs.state
     if state is not None:
         check_state(state, state_name, inputs, sequences, window_size, delay)
     if values_are_checked(g):
         check_values(inputs, state_name)
     tensors = [*_tensors(inputs).values(), *(() if state is None else state.tensors().values())]
-    return Problem(
-        batch=batch,
-        tokens=tokens,
-        sequences=sequences,
-        q_heads=q_heads,
-        kv_heads=kv_heads,
-        head_dim=head_dim,
-        value_dim=value_dim,
-        slots=slots,
-        window=window_size,
-        delay=delay,
-        dtype=q.dtype,
-        gate_dtype=g.dtype,
-        device=q.device.type,
-        capability=torch.cuda.get_device_capability(q.device) if q.device.type == "cuda" else None,
-        packed=inputs.cu_seqlens is not None,
-        positions=positions,
-        explicit_strength=inputs.s is not None,
-        mask_empty_slots=mask_empty_slots,
-        has_state=state is not None,
-        output_final_state=output_final_state,
-        return_lse=return_lse,
-        needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
-    )
+    return Problem.of(
+        inputs, window_size, delay, mask_empty_slots=mask_empty_slots, output_final_state=output_final_state,
+        return_lse=return_lse, needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
+    )  # fmt: skip
 
 
 def check_state(state: NHAState, argument: str, inputs: Inputs, sequences: int, window: int, delay: int) -> None:
@@ -225,11 +197,14 @@ def _check_rope(inputs: Inputs, tokens: int, head_dim: int) -> None:
         _fail("rope", f"tables of at least T = {tokens} positions", f"{len(cos)}")
 
 
-def _check_integer(name: str, value: object) -> None:
+def _integer(name: str, value: object) -> int:
     if isinstance(value, bool) or not isinstance(value, SupportsIndex):
         _fail(name, "an integer >= 0", f"{value!r} of type {type(value).__name__}", TypeError)
-    if value.__index__() < 0:
+    # What torch.compile takes for an int that varies is an int, and has no __index__.
+    number = value if isinstance(value, int) else index(value)
+    if number < 0:
         _fail(name, "an integer >= 0", str(value))
+    return number
 
 
 def _check_flags(**flags: object) -> None:

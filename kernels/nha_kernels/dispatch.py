@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from .problem import Problem, UnsupportedCall
+import torch
+
+from .problem import Inputs, Problem, Result, UnsupportedCall
 from .registry import IMPLEMENTATIONS, Implementation
 
 # The more is fused, the fewer bytes move: measured on an H100, so it is for windows of 32 up to 4096. naive is last:
@@ -64,3 +66,11 @@ def choose(problem: Problem, backend: str) -> Implementation:
         if why_not(IMPLEMENTATIONS[name], problem) is None:
             return IMPLEMENTATIONS[name]
     raise AssertionError("naive serves every valid call")
+
+
+def run(problem: Problem, inputs: Inputs, backend: str) -> Result:
+    """Serve a checked call with the implementation chosen for it."""
+    implementation = choose(problem, backend)
+    # The dtypes are the caller's choice: autocast must not turn the fp32 inside into 16 bits.
+    with torch.autocast(problem.device, enabled=False):
+        return implementation.run(problem, inputs)

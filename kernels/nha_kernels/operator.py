@@ -8,9 +8,10 @@ from typing import Literal, TypedDict, Unpack, overload
 import torch
 from torch import Tensor
 
+from . import dispatch, library
 from .checks import check_call
 from .decode import decode_step
-from .dispatch import Explanation, choose, explain_problem
+from .dispatch import Explanation, explain_problem
 from .problem import Inputs, Problem
 from .registry import BACKENDS
 from .state import NHAState, advance
@@ -117,11 +118,9 @@ def native_hybrid_attention(
         slot_delay=slot_delay, mask_empty_slots=mask_empty_slots, cu_seqlens=cu_seqlens, initial_state=initial_state,
         output_final_state=output_final_state, return_lse=return_lse,
     )  # fmt: skip
-    implementation = choose(problem, backend)
-    # The dtypes are the caller's choice: autocast must not turn the fp32 inside into 16 bits.
-    with torch.autocast(problem.device, enabled=False):
-        result = implementation.run(problem, inputs)
-        state = advance(problem, inputs, result) if output_final_state else None
+    serve = library.run if torch.compiler.is_compiling() else dispatch.run
+    result = serve(problem, inputs, backend)
+    state = advance(problem, inputs, result) if output_final_state else None
     if not return_lse:
         return result.o, state
     assert result.lse is not None

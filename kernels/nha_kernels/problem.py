@@ -54,6 +54,43 @@ class Problem:
     return_lse: bool = False
     needs_grad: bool = False
 
+    @classmethod
+    def of(
+        cls, inputs: Inputs, window: int, delay: int, *, mask_empty_slots: bool, output_final_state: bool,
+        return_lse: bool, needs_grad: bool,
+    ) -> Problem:  # fmt: skip
+        """Describe a checked call."""
+        batch, tokens, q_heads, head_dim = inputs.q.shape
+        positions: Positions = "none"
+        if inputs.rope is not None:
+            positions = "rope"
+        elif inputs.q_window is not None or inputs.k_window is not None:
+            positions = "given"
+        return cls(
+            batch=batch,
+            tokens=tokens,
+            sequences=batch if inputs.cu_seqlens is None else len(inputs.cu_seqlens) - 1,
+            q_heads=q_heads,
+            kv_heads=inputs.k.shape[2],
+            head_dim=head_dim,
+            value_dim=inputs.v.shape[3],
+            slots=inputs.g.shape[3],
+            window=window,
+            delay=delay,
+            dtype=inputs.q.dtype,
+            gate_dtype=inputs.g.dtype,
+            device=inputs.q.device.type,
+            capability=_capability(inputs.q.device),
+            packed=inputs.cu_seqlens is not None,
+            positions=positions,
+            explicit_strength=inputs.s is not None,
+            mask_empty_slots=mask_empty_slots,
+            has_state=inputs.state is not None,
+            output_final_state=output_final_state,
+            return_lse=return_lse,
+            needs_grad=needs_grad,
+        )
+
     @property
     def group(self) -> int:
         """Query heads that share a kv head, NG."""
@@ -92,6 +129,13 @@ class Result(NamedTuple):
     lse: Tensor | None
     slot_k: Tensor | None
     slot_v: Tensor | None
+
+
+def _capability(device: torch.device) -> tuple[int, int] | None:
+    # torch.compile cannot trace the question. Nothing in a graph needs the answer: the operator in it asks for itself.
+    if device.type != "cuda" or torch.compiler.is_compiling():
+        return None
+    return torch.cuda.get_device_capability(device)
 
 
 def history_length(window: int, delay: int) -> int:
