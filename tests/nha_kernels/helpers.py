@@ -346,15 +346,15 @@ def call(args: Arguments, backend: str) -> Output:
     return Output(*native_hybrid_attention(**args, output_final_state=True, return_lse=True, backend=backend))
 
 
-def decode(args: Arguments) -> Output:
+def decode(args: Arguments, step: Callable[..., Any] = nha_decode_step) -> Output:
     """The same call token by token, for [B, T] inputs with or without a state."""
     state = args.get("initial_state")
     state = zero_state(args) if state is None else state.clone().with_full_capacity()
-    step = {name: x for name, x in args.items() if name not in ("initial_state", "cu_seqlens")}
+    given = {name: x for name, x in args.items() if name not in ("initial_state", "cu_seqlens")}
     steps = []
     for t in range(args["q"].shape[1]):
-        token = {name: step[name][:, t : t + 1] for name in TOKEN_ARGUMENTS if step.get(name) is not None}
-        steps.append(nha_decode_step(**{**step, **token}, state=state, return_lse=True))
+        token = {name: given[name][:, t : t + 1] for name in TOKEN_ARGUMENTS if given.get(name) is not None}
+        steps.append(step(**{**given, **token}, state=state, return_lse=True))
     o, lse = zip(*steps, strict=True)
     return Output(torch.cat(o, dim=1), state, torch.cat(lse, dim=1))
 
