@@ -1,0 +1,171 @@
+"""Does anything touch the registers of a wgmma that is still under way? Read from Hopper's assembly, `cuobjdump -sass`.
+
+A wgmma runs beside the instructions that follow it. Until it is waited for it reads its left operand, where that lies
+in registers, and writes its accumulator. The compiler must keep these registers free for so long, but versions of ptxas
+are known that give them away (triton-lang/triton#11781, triton-lang/triton#11854): the kernel then computes something
+else, without a warning, and perhaps not on every run.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)\s*([^;]*);")
+PRODUCT = re.compile(r"HGMMA\.64x(\d+)x16\.F32\b")
+REGISTER = re.compile(r"\bR(\d+)(\.64)?")
+TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
+# An operand that is not in brackets, after any predicates that the instruction writes too.
+DESTINATION = re.compile(r"(?:U?P[T\d]\s*,\s*)*R(\d+)")
+# These only read what stands in the destination's place.
+READERS = re.compile(r"[A-Z]*SETP2?|FCHK|R2P|BAR|BRX|CALL|RET|WARPSYNC|NANOSLEEP")
+DOUBLES = ("DADD", "DFMA", "DMUL", "DSETP")
+# wgmmas under way at once. No kernel comes near; one that never waits must not be followed for ever.
+MOST = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A wgmma, and its registers."""
+
+    text: str
+    left: range
+    accumulator: range
+    ends_group: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Instruction:
+    """touched: registers read or written. wait: how many groups of wgmmas may be under way behind it. target: the
+    address that it may branch to. continues: may the next instruction follow?"""
+
+    address: int
+    text: str
+    written: frozenset[int]
+    touched: frozenset[int]
+    product: Product | None
+    wait: int | None
+    target: int | None
+    continues: bool
+
+
+Group = tuple[Product, ...]
+
+
+def hazards(sass: str) -> list[str]:
+    """A sentence for each instruction that touches registers of a wgmma under way, on any path through the code."""
+    code = list(_instructions(sass))
+    places = {instruction.address: i for i, instruction in enumerate(code)}
+    found: dict[str, None] = {}
+    seen: set[tuple[int, tuple[Group, ...]]] = set()
+    reached: set[int] = set()
+    for start in range(len(code)):
+        if start in reached:
+            continue
+        # Code that only an indirect branch leads to is entered with nothing under way. The last group is still open.
+        paths: list[tuple[int, tuple[Group, ...]]] = [(start, ((),))]
+        while paths:
+            i, groups = paths.pop()
+            if i == len(code) or (i, groups) in seen:
+                continue
+            seen.add((i, groups))
+            reached.add(i)
+            instruction = code[i]
+            for product in (product for group in groups for product in group):
+                if what := _touch(instruction, product):
+                    found[f"{instruction.text} {what} of {product.text}"] = None
+            groups = _after(instruction, groups)
+            if instruction.target is not None:
+                paths.append((places[instruction.target], groups))
+            if instruction.continues:
+                paths.append((i + 1, groups))
+    return list(found)
+
+
+def _touch(instruction: Instruction, product: Product) -> str | None:
+    """How an instruction gets in the way of a wgmma that is under way."""
+    if not instruction.written.isdisjoint(product.left):
+        return "writes the left operand"
+    if instruction.product is not None and instruction.product.accumulator == product.accumulator:
+        # Products into one accumulator follow each other in order, but a left operand is read at once.
+        return "reads the accumulator" if _overlap(instruction.product.left, product.accumulator) else None
+    if not instruction.written.isdisjoint(product.accumulator):
+        return "writes the accumulator"
+    if not instruction.touched.isdisjoint(product.accumulator):
+        return "reads the accumulator"
+    return None
+
+
+def _overlap(a: range, b: range) -> bool:
+    return a.start < b.stop and b.start < a.stop
+
+
+def _after(instruction: Instruction, groups: tuple[Group, ...]) -> tuple[Group, ...]:
+    """The groups of wgmmas under way behind an instruction, the open one last."""
+    *closed, last = groups
+    if instruction.wait is not None:
+        closed = closed[max(0, len(closed) - instruction.wait) :]
+    if instruction.product is not None:
+        last = (*last, instruction.product)
+        if instruction.product.ends_group:
+            closed, last = [*closed, last], ()
+        if sum(map(len, closed)) + len(last) > MOST:
+            raise ValueError(f"more than {MOST} wgmmas are under way at once: {instruction.text}")
+    return (*closed, last)
+
+
+def _instructions(sass: str) -> Iterator[Instruction]:
+    for match in INSTRUCTION.finditer(sass):
+        address, predicate, operation, arguments = match.groups()
+        name = operation.split(".")[0]
+        text = f"/*{address}*/ {predicate or ''}{operation} {arguments.strip()}"
+        product = _product(text, operation, arguments) if "GMMA" in name else None
+        if product is not None:
+            written = frozenset(product.accumulator)
+            touched = written.union(product.left)
+        else:
+            written, touched = _registers(name, operation, arguments)
+        target = TARGET.search(arguments) if name in ("BRA", "CALL", "JMP") else None
+        wait = TARGET.search(arguments) if operation.startswith("WARPGROUP.DEPBAR") else None
+        always = predicate is None and (target is None or target.start() == 0)
+        yield Instruction(
+            address=int(address, 16), text=text, written=written, touched=touched, product=product,
+            wait=wait and int(wait[1], 16), target=target and int(target[1], 16),
+            continues=not (always and name in ("BRA", "JMP", "BRX", "EXIT", "RET")),
+        )  # fmt: skip
+
+
+def _product(text: str, operation: str, arguments: str) -> Product:
+    """Of 64 x N x 16 by 128 threads: N / 2 registers of fp32 sums, and 4 for a left operand in registers."""
+    match = PRODUCT.match(operation)
+    if match is None:
+        raise ValueError(f"expected a product of 16-bit numbers with fp32 sums, got {text}")
+    first, left, *_ = (operand.strip() for operand in arguments.split(","))
+    accumulator, rows = int(first.removeprefix("R")), REGISTER.match(left)
+    return Product(
+        text=text,
+        left=range(int(rows[1]), int(rows[1]) + 4) if rows else range(0),
+        accumulator=range(accumulator, accumulator + int(match[1]) // 2),
+        ends_group="gsb0" in arguments,
+    )
+
+
+def _registers(name: str, operation: str, arguments: str) -> tuple[frozenset[int], frozenset[int]]:
+    """Registers that an instruction writes, and all that it touches; rather one too many than one too few."""
+    parts = operation.split(".")
+    width = 1
+    if name in ("LDSM", "STSM"):
+        width = int(parts[-1])  # matrices
+    elif "128" in parts:
+        width = 4
+    elif {"64", "F64", "WIDE"}.intersection(parts) or name in DOUBLES or (name == "CS2R" and "32" not in parts):
+        width = 2
+    touched: set[int] = set()
+    for operand in arguments.split(","):
+        for register in REGISTER.finditer(operand):
+            count = (2 if register[2] else 1) if "[" in operand else width
+            touched.update(range(int(register[1]), int(register[1]) + count))
+    first = None if READERS.fullmatch(name) else DESTINATION.match(arguments)
+    written = range(int(first[1]), int(first[1]) + width) if first else range(0)
+    return frozenset(written), frozenset(touched)

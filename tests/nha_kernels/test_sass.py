@@ -1,0 +1,89 @@
+"""The check of wgmma's registers finds what it is there for."""
+
+from __future__ import annotations
+
+import pytest
+
+from .sass import hazards
+
+# Two groups: R24 .. R31 = R4 .. R7 times shared memory, and R32 .. R39 = R8 .. R11 times shared memory.
+PRODUCTS = (
+    "WARPGROUP.ARRIVE",
+    "HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR8], RZ, !UPT, gsb0",
+    "HGMMA.64x16x16.F32.BF16 R32, R8, gdesc[UR8], RZ, !UPT, gsb0",
+)
+WAIT_FOR_ONE = "WARPGROUP.DEPBAR.LE gsb0, 0x1"
+WAIT = "WARPGROUP.DEPBAR.LE gsb0, 0x0"
+USE = "FADD R12, R24, R32"
+
+
+def listing(*instructions: str) -> str:
+    """As `cuobjdump -sass` writes them, 16 bytes each."""
+    return "\n".join(f"        /*{16 * i:04x}*/  {x} ;  /* 0x0 */" for i, x in enumerate((*instructions, "EXIT")))
+
+
+@pytest.mark.parametrize(
+    "between",
+    [
+        "FADD R12, R4, R13",  # the left operand may be read
+        "LDS.128 R12, [R4]",
+        "LDSM.16.M88.4 R12, [R16]",
+        "ISETP.GE.AND P0, PT, R4, R5, PT",  # writes no register, but P0
+        "R2UR UR4, R6",
+        "STS.128 [R23], R12",
+        "BAR.SYNC.DEFER_BLOCKING R4, 0x80",
+    ],
+)
+def test_what_leaves_the_registers_alone(between: str) -> None:
+    assert hazards(listing(*PRODUCTS, between, WAIT, USE)) == []
+
+
+@pytest.mark.parametrize(
+    ("between", "what"),
+    [
+        ("MOV R7, R12", "writes the left operand"),
+        ("@P0 MOV R7, R12", "writes the left operand"),
+        ("LDS.128 R0, [R12]", None),
+        ("LDS.128 R1, [R12]", "writes the left operand"),
+        ("LDSM.16.M88.4 R11, [R12]", "writes the left operand"),
+        ("IMAD.WIDE R10, R12, 0x4, R14", "writes the left operand"),
+        ("SHFL.BFLY PT, R4, R12, 0x1, 0x1f", "writes the left operand"),
+        ("FADD R12, R31, R13", "reads the accumulator"),
+        ("STSM.16.M88.4 [R12], R22", "reads the accumulator"),
+        ("LDG.E R12, desc[UR4][R23.64]", "reads the accumulator"),
+        ("HGMMA.64x16x16.F32.BF16 R40, R24, gdesc[UR8], RZ, !UPT, gsb0", "reads the accumulator"),
+        ("MOV R24, R12", "writes the accumulator"),
+        ("HGMMA.64x16x16.F32.BF16 R28, gdesc[UR4], RZ, !UPT, gsb0", "writes the accumulator"),
+        ("HGMMA.64x16x16.F32.BF16 R24, gdesc[UR4], R24, gsb0", None),  # products into the same sums follow each other
+    ],
+)
+def test_a_planted_hazard_is_found(between: str, what: str | None) -> None:
+    found = hazards(listing(*PRODUCTS, between, WAIT, USE))
+    assert bool(found) == (what is not None)
+    for sentence in found:
+        assert between in sentence
+        assert f"{what} of " in sentence
+
+
+def test_a_wait_frees_the_groups_that_it_waits_for() -> None:
+    assert hazards(listing(*PRODUCTS, WAIT_FOR_ONE, "MOV R4, R24", WAIT, USE)) == []
+    (sentence,) = hazards(listing(*PRODUCTS, WAIT_FOR_ONE, "MOV R8, R24", WAIT, USE))
+    assert "writes the left operand" in sentence
+    assert hazards(listing(*PRODUCTS, USE))  # no wait at all
+
+
+def test_branches_are_followed() -> None:
+    """What lies behind a branch, outside of the straight way to the wait, and round a loop."""
+    aside = ("@!P0 BRA 0x70", WAIT, USE, "EXIT")
+    assert len(hazards(listing(*PRODUCTS, *aside, "MOV R5, R12", "BRA 0x40"))) == 1
+    assert hazards(listing(*PRODUCTS, *aside, "MOV R12, R5", "BRA 0x40")) == []
+    assert len(hazards(listing("MOV R8, R12", *PRODUCTS, WAIT_FOR_ONE, "@P0 BRA 0x0", WAIT))) == 1
+    assert hazards(listing("MOV R4, R12", *PRODUCTS, WAIT_FOR_ONE, "@P0 BRA 0x0", WAIT)) == []
+    assert len(hazards(listing("BRX R2 -0x10", *PRODUCTS, "MOV R4, R12", WAIT))) == 1  # who knows how it got there
+
+
+def test_what_it_cannot_read_it_refuses() -> None:
+    with pytest.raises(ValueError, match="expected a product of 16-bit numbers"):
+        hazards(listing("QGMMA.64x16x32.F32.E4M3.E4M3 R24, gdesc[UR4], RZ, !UPT, gsb0"))
+    with pytest.raises(ValueError, match="under way at once"):
+        hazards(listing(*PRODUCTS, "BRA 0x0"))
