@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import cache
 from itertools import product
 
 import torch
@@ -14,6 +15,7 @@ from ..slots import final_slots, initial_slots
 from .limits import DTYPES
 from .output import OutputConfig, output_launch
 from .primitives import Launch, Operands
+from .resident import ResidentConfig, resident_launches, why_not_resident
 from .states import StatesConfig, state_launches
 
 
@@ -51,17 +53,34 @@ def launchable_problems() -> Iterator[Problem]:
         )  # fmt: skip
 
 
-def run(problem: Problem, inputs: Inputs, config: ForwardConfig | None = None) -> Result:
-    """Serve a call with a config (default: `ForwardConfig.default`); never waits for the device."""
-    launches, result = describe(problem, inputs, config or ForwardConfig.default(problem))
+def choose(problem: Problem, processors: int) -> ForwardConfig | ResidentConfig:
+    """The kernels that serve a problem on a GPU with so many multiprocessors, and how they are launched."""
+    if why_not_resident(problem) is None:
+        return ResidentConfig.default(problem, processors)
+    return ForwardConfig.default(problem)
+
+
+def run(problem: Problem, inputs: Inputs, config: ForwardConfig | ResidentConfig | None = None) -> Result:
+    """Serve a call with a config (default: `choose`); never waits for the device."""
+    if config is None:
+        config = choose(problem, _processors(inputs.q.device))
+    launches, result = describe(problem, inputs, config)
     with torch.cuda.device(inputs.q.device) if problem.device == "cuda" else nullcontext():
         for launch in launches:
             launch()
     return result
 
 
-def describe(problem: Problem, inputs: Inputs, config: ForwardConfig) -> tuple[list[Launch], Result]:
+@cache
+def _processors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+def describe(problem: Problem, inputs: Inputs, config: ForwardConfig | ResidentConfig) -> tuple[list[Launch], Result]:
     """The launches, in order, and the result that they fill."""
+    if isinstance(config, ResidentConfig):
+        launches, o, lse, final = resident_launches(problem, inputs, config)
+        return launches, Result(o, lse, *((None, None) if final is None else final_slots(problem, final)))
     operands = Operands.of(problem, inputs)
     launches, stored = state_launches(problem, operands, initial_slots(problem, inputs), config.states)
     launch, o, lse = output_launch(problem, inputs, operands, stored, config.output)

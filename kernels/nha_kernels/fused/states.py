@@ -229,24 +229,34 @@ def state_launches(
         final=empty(problem.sequences, heads, slots, width) if problem.output_final_state else None,
         segments=segments, layout=layout, chunk=config.chunk, chunks_a_segment=chunks,
     )  # fmt: skip
-    shared = dict(
-        layout=layout, p_ends=empty(pieces, heads, slots, width), p_totals=empty(pieces, heads, slots),
-        segments=segments, H=heads, M=slots,
-    )  # fmt: skip
+    ends, totals = empty(pieces, heads, slots, width), empty(pieces, heads, slots)
     slot_block = min(64, max(16, triton.next_power_of_2(slots)))
     segment = dict(
-        **shared, tokens=operands.tokens, recent=operands.recent, p_states=stored.states, T=problem.tokens,
-        R=operands.recent_places, delay=operands.delay, N=problem.sequences, D=dim, DV=value_dim, C=config.chunk,
-        L=config.segment, BM=slot_block, BD=config.columns,
+        tokens=operands.tokens, recent=operands.recent, layout=layout, p_ends=ends, p_totals=totals,
+        p_states=stored.states, T=problem.tokens, R=operands.recent_places, delay=operands.delay, segments=segments,
+        N=problem.sequences, H=heads, D=dim, DV=value_dim, M=slots, C=config.chunk, L=config.segment, BM=slot_block,
+        BD=config.columns,
     )  # fmt: skip
     blocks = -(-dim // config.columns) + -(-value_dim // config.columns)
     grid = (pieces, heads * blocks, -(-slots // slot_block))
     options = {"num_warps": config.warps, "num_stages": config.stages}
-    scan_columns = min(128, triton.next_power_of_2(width))
-    scan = dict(**shared, p_initial=initial, p_final=stored.final, E=width, BE=scan_columns)
-    scan_grid = (problem.sequences, heads, slots * -(-width // scan_columns))
     return [
         Launch(segment_kernel, grid, {**segment, "BT": config.block, "WRITE": False}, options),
-        Launch(scan_kernel, scan_grid, scan, {"num_warps": 1}),
+        scan_launch(problem, layout, ends, totals, initial, stored.final, segments),
         Launch(segment_kernel, grid, {**segment, "BT": min(64, config.chunk), "WRITE": True}, options),
     ], stored
+
+
+def scan_launch(
+    problem: Problem, layout: Layout, ends: Tensor, totals: Tensor, initial: Tensor | None, final: Tensor | None,
+    segments: int,
+) -> Launch:  # fmt: skip
+    """The launch that turns ends [pieces, H, M, E] into the slots before each segment; arguments as `scan_kernel`'s."""
+    heads, slots, width = problem.kv_heads, problem.slots, problem.head_dim + problem.value_dim
+    columns = min(128, triton.next_power_of_2(width))
+    arguments = dict(
+        layout=layout, p_ends=ends, p_totals=totals, p_initial=initial, p_final=final, segments=segments, H=heads,
+        M=slots, E=width, BE=columns,
+    )  # fmt: skip
+    grid = (problem.sequences, heads, slots * -(-width // columns))
+    return Launch(scan_kernel, grid, arguments, {"num_warps": 1})

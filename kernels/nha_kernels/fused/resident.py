@@ -1,0 +1,578 @@
+"""The forward on Hopper with the slots on the chip: each segment of a sequence walks its tokens once, and no state
+between them goes through memory.
+
+A program takes one segment and one kv head. Its warps divide the work; mbarriers in shared memory hand it on:
+
+    load     k and v of 16 tokens at a time, into a ring of R blocks, gates into one of G, and q of a tile, by the copy
+             engine
+    state    holds K~ and V~ in fp32 registers. For every tile it publishes them in bf16, with the tile's decays, and
+             then absorbs the 16 tokens that leave the window
+    output   two partitions: a tile's logits against slots and window, one softmax, the values, o
+
+A tile is 16 tokens times 4 query heads of a group (PARTS = 2 where there are more): 64 rows, as many as a wgmma takes.
+Tile i meets the window's blocks i .. i + WB of the ring. W = 16 WB = delay, so block i is both: its row j lies in the
+window of the tile's token t for j > t, and in its slots for j <= t. With S the slots before block i,
+
+    q_t . K~ = 2^(c_t) (q_t . S) + sum_{j <= t} (q_t . k_j) s_j 2^(c_t - c_j)          c: log2 decay since block i began
+
+slot by slot, and the values likewise from the other side. 2^(c_t + A) goes with the rows and 2^(-c_j - A) with tokens
+and S: with the steps cut off at 2^-13 (`STRONGEST`) the anchor A keeps all of them within bf16's exponents.
+Sizes as in `primitives`; BM = 64 slots, those beyond M masked.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..problem import Inputs, Problem
+from .hopper import (
+    aligned,
+    barrier,
+    descriptor,
+    fence_async_shared,
+    gl,
+    gluon,
+    load_async,
+    mbarrier,
+    store_async,
+    store_wait,
+    tile_layout,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from .primitives import Launch, Layout
+from .states import scan_launch
+
+ANCHOR = gl.constexpr(96.0)
+LOG2E = gl.constexpr(1.4426950408889634)
+STRONGEST = gl.constexpr(-9.0)
+FORGET = gl.constexpr(-110.0)  # exp() of it is 0 in fp32; it stands for -inf, whose sums would turn into NaN
+TOKENS = gl.constexpr(16)  # of a tile, and of a block of the ring
+HEADS = gl.constexpr(4)  # query heads of a tile
+BM = gl.constexpr(64)
+STEP = gl.constexpr(64)  # tokens that the slots take in at once on the way to a segment's end
+NO_PIECES = Layout(None, None, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentConfig:
+    """How the resident kernel is launched.
+
+    tiles: of 16 tokens, that a program walks: its segment, a multiple of 4. ring: blocks of 16 keys and values in
+    shared memory, R. registers: of a thread of an output partition; the state's get what is left. stages: blocks of 64
+    keys and values that are on their way in `ends_kernel`.
+    """
+
+    tiles: int
+    ring: int = 8
+    registers: int = 152
+    stages: int = 3
+
+    @property
+    def tokens(self) -> int:
+        """Of a segment."""
+        return self.tiles * TOKENS.value
+
+    @classmethod
+    def default(cls, problem: Problem, processors: int) -> ResidentConfig:
+        """Segments that leave no processor idle for long, at one program each; no measurement.
+
+        In units of a tile's time: a program's tiles and its start, and where there are several segments, another walk
+        over keys and values first.
+        """
+        tiles = -(-problem.tokens // TOKENS.value)
+        programs = problem.batch * problem.kv_heads
+
+        def segment(waves: int) -> int:
+            segments = max(1, processors * waves // programs)
+            return 4 * -(-tiles // (4 * segments))  # ends are made of steps of 4 tiles
+
+        def cost(length: int) -> float:
+            segments = -(-tiles // length)
+            ends = 0.3 * programs * tiles / processors + 10 if segments > 1 else 0
+            return -(-programs * segments // processors) * (length + 6) + ends
+
+        whole = segment(0)
+        return cls(tiles=min((whole, *(segment(waves) for waves in range(1, 9))), key=cost))
+
+
+def why_not_resident(problem: Problem) -> str | None:
+    """The sentence that says why a call is not for this kernel, or None."""
+    limits = (
+        (problem.capability is not None and problem.capability[0] == 9, "runs on Hopper only"),
+        (problem.dtype == torch.bfloat16, "takes bfloat16 only"),
+        (problem.head_dim == problem.value_dim and problem.head_dim in (64, 128), "takes D = Dv = 64 or 128"),
+        (problem.slots <= 64, "takes up to 64 slots"),
+        (problem.window == problem.delay and problem.window in (16, 32, 48, 64), "takes W = delay of 16, 32, 48 or 64"),
+        (problem.group <= 8, "takes groups of up to 8 query heads"),
+        (problem.positions == "none", "takes no window positions"),
+        (not problem.explicit_strength, "takes no explicit write strength"),
+        (problem.slots * problem.gate_dtype.itemsize % 16 == 0, "takes gates of a multiple of 16 bytes a token"),
+        (not problem.packed, "takes no packed sequences"),
+        (not problem.has_state, "takes no initial state"),
+    )
+    return next((f"the kernel with the slots on the chip {reason}" for served, reason in limits if not served), None)
+
+
+@gluon.jit
+def add(a, b):
+    return a + b
+
+
+@gluon.jit
+def load_gates(p_g, n, h, t, end, T, H, M: gl.constexpr, COUNT: gl.constexpr, layout: gl.constexpr):
+    """g of COUNT tokens from t on, [COUNT, BM]; 0, which changes nothing, before the first token and from `end` on."""
+    j = t + gl.arange(0, COUNT, layout=gl.SliceLayout(1, layout))
+    m = gl.arange(0, BM, layout=gl.SliceLayout(0, layout))
+    row = (n.to(gl.int64) * T + j) * H + h
+    mask = ((j >= 0) & (j < end))[:, None] & (m < M)[None, :]
+    return gl.load(p_g + row[:, None] * M + m[None, :], mask=mask, other=0.0)
+
+
+@gluon.jit
+def write_strength(b_g):
+    """1 - exp(g) in fp32. Weak gates would cancel; down to -0.1 six terms of the series are exact."""
+    b_series = 1.0 + b_g * (0.5 + b_g * (1 / 6 + b_g * (1 / 24 + b_g * (1 / 120 + b_g * (1 / 720)))))
+    return gl.where(b_g > -0.1, -b_g * b_series, 1.0 - gl.exp2(b_g * LOG2E))
+
+
+@gluon.jit
+def absorb_weights(b_g, b_strength, acc: gl.constexpr):
+    """How much of each token is left in the slots at the block's end [tokens, BM], the block's decay [BM] in log2, and
+    its factor for what the slots held, for rows of `acc`."""
+    b_log2 = gl.maximum(b_g, FORGET) * LOG2E
+    b_total = gl.sum(b_log2, 0)
+    b_later = b_total[None, :] - gl.associative_scan(b_log2, 0, add)
+    b_keep = gl.exp2(gl.convert_layout(b_total, gl.SliceLayout(1, acc)))
+    return b_strength * gl.exp2(b_later), b_total, b_keep
+
+
+@gluon.jit
+def decays(b_g, acc: gl.constexpr):
+    """From a tile's gates [TOKENS, BM]: the factors of tokens s_j 2^(-c_j - A) and of rows 2^(c_j + A), and how the
+    slots (times 2^-A) take the tile in: the weights of its tokens, and what they keep [BM]."""
+    b_g = b_g.to(gl.float32)
+    b_strength = write_strength(b_g)
+    b_cut = gl.associative_scan(gl.maximum(b_g, STRONGEST) * LOG2E, 0, add)  # c
+    b_factor = (b_strength * gl.exp2(-b_cut - ANCHOR)).to(gl.bfloat16)
+    b_weight, _, b_keep = absorb_weights(b_g, b_strength, acc)
+    return b_factor, gl.exp2(b_cut + ANCHOR), (b_weight * 2.0**-ANCHOR).to(gl.bfloat16), b_keep
+
+
+@gluon.jit
+def load_partition(
+    d_q, d_k, d_v, d_g, s_q, s_k, s_v, s_g, q_full, q_empty, kv_full, g_full, done, n, h, t0, tiles,
+    D: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, G: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """Block x of a ring holds the tokens from t0 + 16 (x - WB) on; those outside of the sequence read as 0."""
+    GATE_BYTES: gl.constexpr = d_g.dtype.primitive_bitwidth // 8
+    for x in range(tiles + WB):
+        if x >= R:
+            # What was in this place: tiles up to x - R have met it, and the state, which comes before the tiles, has
+            # absorbed it once the next one is done.
+            mbarrier.wait(done.index((x - R) % R), ((x - R) // R) & 1)
+            mbarrier.wait(done.index((x - R + 1) % R), ((x - R + 1) // R) & 1)
+        place = x % R
+        mbarrier.expect(kv_full.index(place), 2 * TOKENS * D * 2)
+        load_async(d_k, [n, t0 + (x - WB) * TOKENS, h, 0], kv_full.index(place), s_k.index(place))
+        load_async(d_v, [n, t0 + (x - WB) * TOKENS, h, 0], kv_full.index(place), s_v.index(place))
+        i = x - WB
+        if i >= 0:
+            for part in gl.static_range(PARTS):
+                if PARTS == 1:
+                    which = i % 2
+                    turn = i // 2
+                else:
+                    which = part
+                    turn = i
+                mbarrier.wait(q_empty.index(which), (turn & 1) ^ 1)
+                mbarrier.expect(q_full.index(which), TOKENS * HEADS * D * 2)
+                load_async(d_q, [n, t0 + i * TOKENS, h, part * HEADS, 0], q_full.index(which), s_q.index(which))
+        # Gates are needed later than keys, when their tokens enter the slots.
+        if i + 1 >= 0 and i + 1 < tiles:
+            if i + 1 >= G:
+                mbarrier.wait(done.index((i + 2 - G) % R), ((i + 2 - G) // R) & 1)
+            gate = (i + 1) % G
+            mbarrier.expect(g_full.index(gate), TOKENS * BM * GATE_BYTES)
+            load_async(d_g, [n, t0 + (i + 1 - WB) * TOKENS, h, 0], g_full.index(gate), s_g.index(gate))
+
+
+@gluon.jit
+def state_partition(
+    p_before, s_k, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_weight, kv_full, g_full, slots_full, done,
+    h, tiles, segment, H,
+    M: gl.constexpr, D: gl.constexpr, R: gl.constexpr, G: gl.constexpr,
+):  # fmt: skip
+    """K~ and V~ [BM, D], both times 2^-A. p_before [segments, H, M, 2 D] fp32: at the segment's start; None: zero."""
+    acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    gates: gl.constexpr = gl.BlockedLayout([8, 1], [2, 16], [1, 4], [1, 0])  # [TOKENS, BM]
+    if p_before is None:
+        b_k = gl.zeros([BM, D], gl.float32, acc)
+        b_v = gl.zeros([BM, D], gl.float32, acc)
+    else:
+        m = gl.arange(0, BM, layout=gl.SliceLayout(1, acc))
+        d = gl.arange(0, D, layout=gl.SliceLayout(0, acc))
+        p_row = p_before + ((segment.to(gl.int64) * H + h) * M + m)[:, None] * (2 * D) + d[None, :]
+        mask = (m < M)[:, None] & (d < D)[None, :]
+        b_k = gl.load(p_row, mask=mask, other=0.0) * 2.0**-ANCHOR
+        b_v = gl.load(p_row + D, mask=mask, other=0.0) * 2.0**-ANCHOR
+
+    mbarrier.wait(g_full.index(0), 0)
+    b_factor, b_decay, b_weight, b_keep = decays(s_g.index(0).reshape([TOKENS, BM]).load(gates), acc)
+    for i in range(tiles):
+        if i >= 2:  # whoever used this stage last is done with it
+            mbarrier.wait(done.index((i - 2) % R), ((i - 2) // R) & 1)
+        stage = i % 2
+        s_factor.index(stage).store(b_factor)
+        s_decay.index(stage).store(b_decay)
+        s_weight.store(b_weight)
+        s_slot_k.index(stage).store(b_k.to(gl.bfloat16))
+        s_slot_v.index(stage).store(b_v.to(gl.bfloat16))
+        fence_async_shared()
+        barrier()
+        mbarrier.arrive(slots_full.index(stage), count=1)
+
+        b_k = b_k * b_keep[:, None]
+        b_v = b_v * b_keep[:, None]
+        place = i % R
+        following = gl.minimum(i + 1, tiles - 1)
+        mbarrier.wait(g_full.index(following % G), (following // G) & 1)
+        mbarrier.wait(kv_full.index(place), (i // R) & 1)
+        s_left = s_weight.permute((1, 0))  # [BM, TOKENS]
+        b_k = warpgroup_mma(s_left, s_k.index(place).reshape([TOKENS, D]), b_k, is_async=True)
+        b_v = warpgroup_mma(s_left, s_v.index(place).reshape([TOKENS, D]), b_v, is_async=True)
+        # Meanwhile, the next tile's decays.
+        b_g = s_g.index(following % G).reshape([TOKENS, BM]).load(gates)  # [TOKENS, BM]
+        b_factor, b_decay, b_weight, b_keep = decays(b_g, acc)
+        b_k, b_v = warpgroup_mma_wait(0, deps=[b_k, b_v])
+        barrier()  # all warps' products are over before s_weight is written anew
+
+
+@gluon.jit
+def row_decay(s_decay, rows: gl.constexpr):
+    """A tile's decays [TOKENS, BM] from shared memory, repeated over its heads: [64, BM] in `rows`, wgmma's layout."""
+    apart: gl.constexpr = gl.DistributedLinearLayout(  # the same layout, seen as [TOKENS, HEADS, BM]
+        reg_bases=[[0, 0, 1], [2, 0, 0], [0, 0, 8], [0, 0, 16], [0, 0, 32]],
+        lane_bases=[[0, 0, 2], [0, 0, 4], [0, 1, 0], [0, 2, 0], [1, 0, 0]],
+        warp_bases=[[4, 0, 0], [8, 0, 0]],
+        block_bases=[],
+        shape=[TOKENS, HEADS, BM],
+    )
+    b_decay = gl.expand_dims(s_decay.load(gl.SliceLayout(1, apart)), 1).broadcast_to([TOKENS, HEADS, BM])
+    return gl.convert_layout(b_decay.reshape([TOKENS * HEADS, BM]), rows, assert_trivial=True)
+
+
+@gluon.jit
+def output_partition(
+    d_o, p_lse, s_q, s_k, s_v, s_slot_k, s_slot_v, s_factor, s_decay, s_o, q_full, q_empty, kv_full, slots_full, done,
+    n, h, t0, tiles, T, HQ, scale, which: gl.constexpr,
+    M: gl.constexpr, D: gl.constexpr, NG: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, PARTS: gl.constexpr,
+    MASK_EMPTY: gl.constexpr,
+):  # fmt: skip
+    """Every other tile, or where a group takes two parts, its own part of every tile."""
+    ROWS: gl.constexpr = TOKENS * HEADS
+    slots: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
+    keys: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16])
+    values: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
+    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=slots, k_width=2)
+    of_slots: gl.constexpr = gl.SliceLayout(1, slots)
+    of_keys: gl.constexpr = gl.SliceLayout(1, keys)
+    bf16: gl.constexpr = gl.bfloat16
+    inf: gl.constexpr = float("inf")
+
+    tok = gl.arange(0, ROWS, layout=of_keys) // HEADS
+    j = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, keys))
+    m_upto = j[None, :] <= tok[:, None]  # [ROWS, TOKENS]
+    m = gl.arange(0, BM, layout=gl.SliceLayout(0, slots))
+    to_log2 = scale * LOG2E
+    b_zero = gl.zeros([ROWS, TOKENS], gl.float32, keys)
+    part: gl.constexpr = 0 if PARTS == 1 else which
+    early: gl.constexpr = which + WB - 1 if PARTS == 1 else WB  # blocks that are not waited for in a turn
+    for x in gl.static_range(early):
+        mbarrier.wait(kv_full.index(x), 0)
+    if PARTS == 1:
+        turns = (tiles + 1 - which) // 2
+    else:
+        turns = tiles
+
+    for turn in range(turns):
+        if PARTS == 1:
+            i = turn * 2 + which
+        else:
+            i = turn
+        stage = i % 2
+        first = t0 + (i - WB) * TOKENS  # token of block i
+        mbarrier.wait(q_full.index(which), turn & 1)
+        b_q = s_q.index(which).reshape([ROWS, D]).load(left)
+        if PARTS == 1:
+            mbarrier.wait(kv_full.index((i + WB - 1) % R), ((i + WB - 1) // R) & 1)
+        mbarrier.wait(kv_full.index((i + WB) % R), ((i + WB) // R) & 1)
+        mbarrier.wait(slots_full.index(stage), (i // 2) & 1)
+
+        # q . k of block i, q . S, q . k of the other blocks. A left operand in registers is named where its product is
+        # waited for: until then the compiler must not give its registers away.
+        b_own = warpgroup_mma(
+            b_q, s_k.index(i % R).reshape([TOKENS, D]).permute((1, 0)), b_zero, use_acc=False, is_async=True
+        )  # [ROWS, TOKENS]
+        b_slot = gl.zeros([ROWS, BM], gl.float32, slots)
+        b_slot = warpgroup_mma(b_q, s_slot_k.index(stage).permute((1, 0)), b_slot, use_acc=False, is_async=True)
+        b_logit = ()
+        for x in gl.static_range(1, WB + 1):
+            s_key = s_k.index((i + x) % R).reshape([TOKENS, D]).permute((1, 0))
+            b_logit = b_logit + (warpgroup_mma(b_q, s_key, b_zero, use_acc=False, is_async=True),)
+        waited = warpgroup_mma_wait(WB, deps=(b_own, b_slot) + b_logit)
+        b_own = waited[0]
+        b_pair = gl.convert_layout(gl.where(m_upto, b_own, 0.0).to(bf16), left)
+        b_slot = warpgroup_mma(b_pair, s_factor.index(stage), waited[1], is_async=True)
+        waited = warpgroup_mma_wait(1, deps=waited[2:] + (b_slot, b_q))
+        b_logit = (gl.where(m_upto, -inf, b_own),) + waited[:WB]
+        b_logit = b_logit[:WB] + (gl.where(m_upto, b_logit[WB], -inf),)
+
+        # One softmax. A block before the sequence holds zeros, which a maximum may include and a sum must not.
+        b_most = gl.maximum(b_logit[0], b_logit[1])
+        for x in gl.static_range(2, WB + 1):
+            b_most = gl.maximum(b_most, b_logit[x])
+        b_max = gl.convert_layout(gl.max(b_most, 1), of_slots)  # [ROWS]
+        b_decay = row_decay(s_decay.index(stage), slots)  # [ROWS, BM]
+        b_slot = warpgroup_mma_wait(0, deps=(waited[WB], b_pair))[0] * b_decay
+        # Not before a product has taken q in: a barrier does not wait for loads from shared memory that are under way,
+        # and the next q would overtake them.
+        barrier()
+        mbarrier.arrive(q_empty.index(which), count=1)
+        if M < BM:
+            b_slot = gl.where((m < M)[None, :], b_slot, -inf)
+        if MASK_EMPTY:
+            b_slot = gl.where(first < 0, -inf, b_slot)
+        b_max = gl.maximum(gl.max(b_slot, 1), b_max) * to_log2
+        b_slot = gl.exp2(b_slot * to_log2 - b_max[:, None])
+        b_sum = gl.sum(b_slot, 1)
+        b_slot = gl.convert_layout((b_slot * b_decay).to(bf16), left)
+        b_new = warpgroup_mma(b_slot, s_factor.index(stage).permute((1, 0)), b_zero, use_acc=False, is_async=True)
+        b_top = gl.convert_layout(b_max, of_keys)
+        b_own = gl.exp2(b_logit[0] * to_log2 - gl.where(first >= 0, b_top, inf)[:, None])
+        b_most = b_own
+        b_p = ()
+        for x in gl.static_range(1, WB + 1):
+            b_x = gl.exp2(b_logit[x] * to_log2 - gl.where(first + x * TOKENS >= 0, b_top, inf)[:, None])
+            b_most = b_most + b_x
+            b_p = b_p + (gl.convert_layout(b_x.to(bf16), left),)
+        b_sum += gl.convert_layout(gl.sum(b_most, 1), of_slots)
+
+        # The values. What the slots weigh of block i's tokens goes with what the window does.
+        b_o = gl.zeros([ROWS, D], gl.float32, values)
+        b_o = warpgroup_mma(b_slot, s_slot_v.index(stage), b_o, use_acc=False, is_async=True)
+        for x in gl.static_range(1, WB + 1):
+            b_o = warpgroup_mma(b_p[x - 1], s_v.index((i + x) % R).reshape([TOKENS, D]), b_o, is_async=True)
+        waited = warpgroup_mma_wait(WB + 1, deps=(b_new, b_o))
+        b_own = gl.convert_layout(gl.where(m_upto, waited[0], b_own).to(bf16), left)
+        b_o = warpgroup_mma(b_own, s_v.index(i % R).reshape([TOKENS, D]), waited[1], is_async=True)
+        store_wait(0)  # of the last tile: its place is written anew below
+        b_o = warpgroup_mma_wait(0, deps=(b_o, b_slot, b_own) + b_p)[0]
+        barrier()
+        mbarrier.arrive(done.index(i % R), count=1)
+        b_o = b_o * gl.convert_layout(1.0 / b_sum, gl.SliceLayout(1, values))[:, None]
+        s_o.index(which).reshape([ROWS, D]).store(b_o.to(bf16))
+        fence_async_shared()
+        barrier()
+        store_async(d_o, [n, t0 + i * TOKENS, h, part * HEADS, 0], s_o.index(which))
+        if p_lse is not None:
+            r = gl.arange(0, ROWS, layout=of_slots)
+            t = t0 + i * TOKENS + r // HEADS
+            head = part * HEADS + r % HEADS
+            p_row = p_lse + (n.to(gl.int64) * T + t) * HQ + h * NG + head
+            gl.store(p_row, (b_max + gl.log2(b_sum)) / LOG2E, mask=(t < T) & (head < NG))
+    store_wait(0)
+
+
+@gluon.jit(do_not_specialize=["T", "tiles", "segments"])
+def resident_kernel(
+    d_q, d_k, d_v, d_g, d_o, p_before, p_lse, T, tiles, segments, scale,
+    HQ: gl.constexpr, H: gl.constexpr, D: gl.constexpr, M: gl.constexpr, WB: gl.constexpr, R: gl.constexpr,
+    G: gl.constexpr, MASK_EMPTY: gl.constexpr, REGISTERS: gl.constexpr,
+):  # fmt: skip
+    """One segment of `tiles` tiles and one kv head. d_q, d_o: [N, T, H, NG, D]; d_k, d_v: [N, T, H, D];
+    d_g: [N, T, H, M]; p_before [N * segments, H, M, 2 D] fp32 or None; p_lse [N, T, HQ] fp32 or None."""
+    NG: gl.constexpr = HQ // H
+    PARTS: gl.constexpr = (NG + HEADS - 1) // HEADS
+    h = gl.program_id(0) % H
+    segment = gl.program_id(0) // H
+    n = segment // segments
+    t0 = segment % segments * tiles * TOKENS
+    tiles = gl.minimum(tiles, (T - t0 + TOKENS - 1) // TOKENS)
+
+    bf16: gl.constexpr = gl.bfloat16
+    s_q = gl.allocate_shared_memory(bf16, [2, 1, TOKENS, 1, HEADS, D], tile_layout(5))
+    s_o = gl.allocate_shared_memory(bf16, [2, 1, TOKENS, 1, HEADS, D], tile_layout(5))
+    s_k = gl.allocate_shared_memory(bf16, [R, 1, TOKENS, 1, D], tile_layout(4))
+    s_v = gl.allocate_shared_memory(bf16, [R, 1, TOKENS, 1, D], tile_layout(4))
+    GATE_BITS: gl.constexpr = d_g.dtype.primitive_bitwidth
+    s_g = gl.allocate_shared_memory(d_g.dtype, [G, 1, TOKENS, 1, BM], tile_layout(4, GATE_BITS))
+    # Two stages, so that the state is a tile ahead.
+    s_slot_k = gl.allocate_shared_memory(bf16, [2, BM, D], tile_layout(2))
+    s_slot_v = gl.allocate_shared_memory(bf16, [2, BM, D], tile_layout(2))
+    s_factor = gl.allocate_shared_memory(bf16, [2, TOKENS, BM], tile_layout(2))
+    s_decay = gl.allocate_shared_memory(gl.float32, [2, TOKENS, BM], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    s_weight = gl.allocate_shared_memory(bf16, [TOKENS, BM], tile_layout(2))
+    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    slots_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    kv_full = gl.allocate_shared_memory(gl.int64, [R, 1], mbarrier.MBarrierLayout())
+    g_full = gl.allocate_shared_memory(gl.int64, [G, 1], mbarrier.MBarrierLayout())
+    done = gl.allocate_shared_memory(gl.int64, [R, 1], mbarrier.MBarrierLayout())
+    for x in gl.static_range(2):
+        mbarrier.init(q_full.index(x), count=1)
+        mbarrier.init(q_empty.index(x), count=1)
+        mbarrier.init(slots_full.index(x), count=1)
+    for x in gl.static_range(R):
+        mbarrier.init(kv_full.index(x), count=1)
+        mbarrier.init(done.index(x), count=PARTS)
+    for x in gl.static_range(G):
+        mbarrier.init(g_full.index(x), count=1)
+    fence_async_shared()
+    barrier()
+    # Written out, since in a variable the sizes would no longer be constants.
+    gl.warp_specialize(
+        [
+            (state_partition, (
+                p_before, s_k, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_weight, kv_full, g_full, slots_full,
+                done, h, tiles, segment, H, M, D, R, G,
+            )),
+            (output_partition, (
+                d_o, p_lse, s_q, s_k, s_v, s_slot_k, s_slot_v, s_factor, s_decay, s_o, q_full, q_empty, kv_full,
+                slots_full, done, n, h, t0, tiles, T, HQ, scale, 0, M, D, NG, WB, R, PARTS, MASK_EMPTY,
+            )),
+            (output_partition, (
+                d_o, p_lse, s_q, s_k, s_v, s_slot_k, s_slot_v, s_factor, s_decay, s_o, q_full, q_empty, kv_full,
+                slots_full, done, n, h, t0, tiles, T, HQ, scale, 1, M, D, NG, WB, R, PARTS, MASK_EMPTY,
+            )),
+            (load_partition, (
+                d_q, d_k, d_v, d_g, s_q, s_k, s_v, s_g, q_full, q_empty, kv_full, g_full, done, n, h, t0, tiles,
+                D, WB, R, G, PARTS,
+            )),
+        ],
+        [4, 4, 1],
+        [REGISTERS, REGISTERS, 24],
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["T", "end", "blocks", "segments", "programs", "start"])
+def ends_kernel(
+    d_k, d_v, p_g, p_ends, p_totals, T, end, start, blocks, segments, programs,
+    H: gl.constexpr, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """What the `blocks` * STEP tokens of one segment leave in one kv head's slots, from zero.
+
+    Segment s of a sequence begins at token start + s * blocks * STEP; tokens before 0 and from `end` on do not enter.
+    d_k, d_v: [N, end, H, D]; p_ends [N * segments, H, M, 2 D] and p_totals [N * segments, H, M] fp32, as `scan_kernel`
+    takes them, of the first `programs` segments of each sequence.
+    """
+    # Two warpgroups: they share the gates' arithmetic, which takes longer than the products.
+    acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, D // 2, 16])
+    gates: gl.constexpr = gl.BlockedLayout([STEP // 4, 1], [4, 8], [1, 8], [1, 0])  # [STEP, BM]
+    h = gl.program_id(0) % H
+    n = gl.program_id(0) // H // programs
+    index = gl.program_id(0) // H % programs
+    t0 = start + index * blocks * STEP
+
+    s_k = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, STEP, 1, D], tile_layout(4))
+    s_v = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, STEP, 1, D], tile_layout(4))
+    s_weight = gl.allocate_shared_memory(gl.bfloat16, [STEP, BM], tile_layout(2))
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for x in gl.static_range(STAGES):
+        mbarrier.init(full.index(x), count=1)
+    fence_async_shared()
+    barrier()
+    for x in gl.static_range(STAGES):
+        mbarrier.expect(full.index(x), 2 * STEP * D * 2, pred=x < blocks)
+        load_async(d_k, [n, t0 + x * STEP, h, 0], full.index(x), s_k.index(x), pred=x < blocks)
+        load_async(d_v, [n, t0 + x * STEP, h, 0], full.index(x), s_v.index(x), pred=x < blocks)
+
+    b_k = gl.zeros([BM, D], gl.float32, acc)
+    b_v = gl.zeros([BM, D], gl.float32, acc)
+    b_sum = gl.zeros([BM], gl.float32, gl.SliceLayout(0, gates))
+    b_next = load_gates(p_g, n, h, t0, end, T, H, M, STEP, gates)  # [STEP, BM]
+    for x in range(blocks):
+        b_g = b_next.to(gl.float32)
+        b_next = load_gates(p_g, n, h, t0 + (x + 1) * STEP, end, T, H, M, STEP, gates)
+        b_weight, b_total, b_keep = absorb_weights(b_g, write_strength(b_g), acc)
+        b_sum += b_total
+        s_weight.store(b_weight.to(gl.bfloat16))
+        fence_async_shared()
+        barrier()
+        b_k = b_k * b_keep[:, None]
+        b_v = b_v * b_keep[:, None]
+        place = x % STAGES
+        mbarrier.wait(full.index(place), (x // STAGES) & 1)
+        s_left = s_weight.permute((1, 0))  # [BM, STEP]
+        b_k = warpgroup_mma(s_left, s_k.index(place).reshape([STEP, D]), b_k, is_async=True)
+        b_v = warpgroup_mma(s_left, s_v.index(place).reshape([STEP, D]), b_v, is_async=True)
+        b_k, b_v = warpgroup_mma_wait(0, deps=[b_k, b_v])
+        barrier()  # all warps are done with this place
+        ahead = x + STAGES < blocks
+        mbarrier.expect(full.index(place), 2 * STEP * D * 2, pred=ahead)
+        load_async(d_k, [n, t0 + (x + STAGES) * STEP, h, 0], full.index(place), s_k.index(place), pred=ahead)
+        load_async(d_v, [n, t0 + (x + STAGES) * STEP, h, 0], full.index(place), s_v.index(place), pred=ahead)
+
+    m = gl.arange(0, BM, layout=gl.SliceLayout(1, acc))
+    d = gl.arange(0, D, layout=gl.SliceLayout(0, acc))
+    row = ((n * segments + index).to(gl.int64) * H + h) * M
+    p_row = p_ends + (row + m)[:, None] * (2 * D) + d[None, :]
+    mask = (m < M)[:, None] & (d < D)[None, :]
+    gl.store(p_row, b_k, mask=mask)
+    gl.store(p_row + D, b_v, mask=mask)
+    slot = gl.arange(0, BM, layout=gl.SliceLayout(0, gates))
+    gl.store(p_totals + row + slot, b_sum, mask=slot < M)
+
+
+def resident_launches(
+    problem: Problem, inputs: Inputs, config: ResidentConfig
+) -> tuple[list[Launch], Tensor, Tensor | None, Tensor | None]:
+    """The launches in order, and what they fill: o [B, T, HQ, D], and if asked for lse [B, T, HQ] and the final slots
+    [B, H, M, 2 D], both fp32."""
+    batch, tokens, heads, group = problem.batch, problem.tokens, problem.kv_heads, problem.group
+    dim, device = problem.head_dim, inputs.q.device
+    segments = -(-tokens // config.tokens)
+    q, k, v, g = (aligned(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g))
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(*shape, dtype=torch.float32, device=device)
+
+    launches: list[Launch] = []
+    before, final = None, None
+    entered = max(0, tokens - problem.delay)
+    if problem.output_final_state:
+        final = torch.zeros(batch, heads, problem.slots, 2 * dim, dtype=torch.float32, device=device)
+    if segments > 1 or (final is not None and entered > 0):
+        before = empty(batch * segments, heads, problem.slots, 2 * dim)
+        totals = empty(batch * segments, heads, problem.slots)
+        programs = segments if final is not None else segments - 1  # what follows the last segment is not needed
+        box = [1, STEP.value, 1, dim]
+        ends = dict(
+            d_k=descriptor(k[:, :entered], box), d_v=descriptor(v[:, :entered], box), p_g=g, p_ends=before,
+            p_totals=totals, T=tokens, end=entered, start=-problem.delay, blocks=config.tokens // STEP.value,
+            segments=segments, programs=programs, H=heads, D=dim, M=problem.slots, STAGES=config.stages,
+        )  # fmt: skip
+        launches = [
+            Launch(ends_kernel, (batch * programs * heads,), ends, {"num_warps": 8}),
+            scan_launch(problem, NO_PIECES, before, totals, None, final, segments),
+        ]
+    o = torch.empty_like(q)
+    lse = empty(batch, tokens, problem.q_heads) if problem.return_lse else None
+
+    def by_group(x: Tensor) -> Tensor:
+        return x.view(batch, tokens, heads, group, dim)
+
+    box, key_box = [1, TOKENS.value, 1, HEADS.value, dim], [1, TOKENS.value, 1, dim]
+    arguments = dict(
+        d_q=descriptor(by_group(q), box), d_k=descriptor(k, key_box), d_v=descriptor(v, key_box),
+        d_g=descriptor(g, [1, TOKENS.value, 1, BM.value]), d_o=descriptor(by_group(o), box), p_before=before,
+        p_lse=lse, T=tokens, tiles=config.tiles, segments=segments, scale=float(inputs.scale), HQ=problem.q_heads,
+        H=heads, D=dim, M=problem.slots, WB=problem.window // TOKENS.value, R=config.ring,
+        G=8 if g.element_size() == 2 else 5,  # what shared memory has room for
+        MASK_EMPTY=problem.mask_empty_slots, REGISTERS=config.registers,
+    )  # fmt: skip
+    launches.append(Launch(resident_kernel, (batch * segments * heads,), arguments, {"num_warps": 4}))
+    return launches, o, lse, final

@@ -1,0 +1,175 @@
+"""The kernel with the slots on the chip: what it takes, how it is launched, and on a Hopper GPU that it is right."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+
+from nha_kernels import explain, native_hybrid_attention
+from nha_kernels.fused import limits
+from nha_kernels.problem import Inputs, Problem
+from nha_kernels.state import advance
+
+from .helpers import ON_GPU, Arguments, Case, Output, describe, error, judge, make, parts
+
+pytestmark = pytest.mark.skipif(
+    limits.why_unavailable("cuda" if ON_GPU else "cpu") is not None,
+    reason="Triton has neither a GPU nor its interpreter",
+)
+hopper = pytest.mark.skipif(
+    not ON_GPU or torch.cuda.get_device_capability()[0] != 9,
+    reason="the kernel with the slots on the chip needs Hopper",
+)
+
+# A call that the kernel takes, and what it does not.
+SERVED = dict(
+    dtype=torch.bfloat16, gate_dtype=torch.bfloat16, head_dim=128, value_dim=128, slots=64, window=64, delay=64,
+    q_heads=32, kv_heads=8, device="cuda", capability=(9, 0), tokens=16384,
+)  # fmt: skip
+OTHERS: dict[str, dict[str, Any]] = {
+    "another GPU": {"capability": (8, 0)},
+    "fp16": {"dtype": torch.float16},
+    "a large head": {"head_dim": 256, "value_dim": 256},
+    "values of another size": {"value_dim": 64},
+    "many slots": {"slots": 128},
+    "gates that are not aligned": {"slots": 20},
+    "a wide window": {"window": 128, "delay": 128},
+    "a window that tiles do not divide": {"window": 40, "delay": 40},
+    "overlapping slots": {"delay": 0},
+    "a large group": {"q_heads": 72},
+    "a rotary embedding": {"positions": "rope"},
+    "explicit strengths": {"explicit_strength": True},
+    "packed sequences": {"packed": True},
+    "a state": {"has_state": True},
+}
+
+
+def test_it_is_chosen_where_it_serves() -> None:
+    from nha_kernels.fused.forward import ForwardConfig, choose
+    from nha_kernels.fused.resident import ResidentConfig, why_not_resident
+
+    assert isinstance(choose(describe(**SERVED), 132), ResidentConfig)
+    for name, sizes in OTHERS.items():
+        problem = describe(**{**SERVED, **sizes})
+        assert why_not_resident(problem), name
+        assert isinstance(choose(problem, 132), ForwardConfig), name
+
+
+@pytest.mark.parametrize("batch", [1, 2, 32, 300])
+@pytest.mark.parametrize("tokens", [1, 512, 16384, 131072])
+def test_segments_leave_few_processors_idle(batch: int, tokens: int) -> None:
+    from nha_kernels.fused.resident import ResidentConfig
+
+    problem = describe(**{**SERVED, "batch": batch, "sequences": batch, "tokens": tokens})
+    tiles = ResidentConfig.default(problem, 132).tiles
+    assert tiles % 4 == 0
+    segments = -(-tokens // (16 * tiles))
+    programs = batch * problem.kv_heads * segments
+    waves = -(-programs // 132)
+    work = batch * problem.kv_heads * -(-tokens // 16)
+    # Up to a wave that is not full, and what is too short to be cut.
+    assert waves * tiles <= 1.25 * work / 132 + 2 * tiles or tiles == 4
+
+
+def serve(args: Arguments, tiles: int | None = None) -> Output:
+    """The call by this kernel, in segments of `tiles`, into memory that held NaN."""
+    from nha_kernels.fused.forward import run
+    from nha_kernels.fused.resident import ResidentConfig, why_not_resident
+
+    problem: Problem = explain(**args, output_final_state=True, return_lse=True).problem
+    assert why_not_resident(problem) is None
+    names = ("q", "k", "v", "g", "s", "rope", "q_window", "k_window", "scale", "cu_seqlens", "initial_state")
+    inputs = Inputs(*(args.get(name) for name in names))
+    inputs = replace(inputs, scale=inputs.scale or inputs.q.shape[-1] ** -0.5)
+    poison = [torch.full((1 << 22,), torch.nan, device="cuda") for _ in range(4)]
+    del poison
+    result = run(problem, inputs, None if tiles is None else ResidentConfig(tiles))
+    assert result.lse is not None
+    return Output(result.o, advance(problem, inputs, result), result.lse)
+
+
+WIDE = Case(tokens=413, batch=2, window=64, kv_heads=2, group=4, head_dim=128, slots=64, gates_like_q=True)
+CASES: dict[str, Case] = {
+    "one sequence": replace(WIDE, batch=1, tokens=1500),
+    "a batch": WIDE,
+    "shorter than the window": replace(WIDE, tokens=40),
+    "one token": replace(WIDE, tokens=1),
+    "fp32 gates": replace(WIDE, gates_like_q=False),
+    "strong gates": replace(WIDE, gates="strong"),
+    "gates of 0 and -inf": replace(WIDE, gates="mixed"),
+    "spikes": replace(WIDE, gates="spikes", gates_like_q=False),
+    "a group of 7": replace(WIDE, group=7, mask=True),
+    "a group of 8": replace(WIDE, group=8),
+    "a group of 1, small heads": replace(WIDE, group=1, kv_heads=3, head_dim=64, window=32),
+    "small heads": replace(WIDE, head_dim=64, window=32, slots=16),
+    "a window of 16, few slots": replace(WIDE, window=16, slots=40, mask=True),
+    "a window of 48": replace(WIDE, window=48, group=3, scale=0.2),
+}
+
+
+@hopper
+@pytest.mark.parametrize("tiles", [4, 8, None])
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_as_exact_as_bf16_allows(name: str, tiles: int | None) -> None:
+    args = make(CASES[name], torch.bfloat16)
+    judge(args).accept(serve(args, tiles), what=name)
+
+
+@hopper
+@pytest.mark.parametrize("name", ["one sequence", "a group of 7", "small heads", "a window of 48", "fp32 gates"])
+def test_the_same_bits_every_time(name: str) -> None:
+    """Its warps hand their work on through shared memory: a race would show as bits that change."""
+    args = make(replace(CASES[name], tokens=3000), torch.bfloat16)
+    for tiles in (8, 188):
+        first = parts(serve(args, tiles))
+        for _ in range(60):
+            again = parts(serve(args, tiles))
+            assert all(torch.equal(x, first[key]) for key, x in again.items())
+
+
+@hopper
+@pytest.mark.parametrize("gates", ["mild", "strong"])
+def test_a_token_changes_no_bit_of_the_rows_before_it(gates: str) -> None:
+    args = make(replace(WIDE, tokens=300, batch=1, gates=gates), torch.bfloat16)
+    before = serve(args, 4)
+    for at in (17, 130, 299):
+        changed = {name: args[name].clone() for name in ("q", "k", "v", "g")}
+        for name, x in changed.items():
+            x[:, at] = -3.0 if name == "g" else 2.0
+        after = serve({**args, **changed}, 4)
+        assert torch.equal(after.o[:, :at], before.o[:, :at])
+        assert torch.equal(after.lse[:, :at], before.lse[:, :at])
+        assert not torch.equal(after.o[:, at:], before.o[:, at:])
+
+
+@hopper
+def test_a_state_made_by_it_goes_on_elsewhere() -> None:
+    """A call that brings a state is for the general kernels: both must mean the same by it."""
+    args = make(replace(WIDE, batch=1, tokens=1000), torch.bfloat16)
+    right = judge(args)
+    cut = 500
+    pieces, state = [], None
+    for part in (slice(0, cut), slice(cut, None)):
+        piece = {name: args[name][:, part] for name in ("q", "k", "v", "g")}
+        o, state, lse = native_hybrid_attention(
+            **piece, window_size=64, initial_state=state, output_final_state=True, return_lse=True, backend="triton"
+        )
+        pieces.append((o, lse))
+    o, lse = (torch.cat(x, dim=1) for x in zip(*pieces, strict=True))
+    assert state is not None
+    right.accept(Output(o, state, lse))
+
+
+@hopper
+def test_inputs_that_lie_badly() -> None:
+    args = make(WIDE, torch.bfloat16)
+    expected = serve(args).o
+    odd = {name: torch.cat((args[name].flatten()[:1], args[name].flatten()))[1:] for name in ("q", "k", "v", "g")}
+    odd = {name: x.view(args[name].shape) for name, x in odd.items()}
+    assert all(x.data_ptr() % 16 for x in odd.values())
+    assert error(serve({**args, **odd}).o, expected) == 0
+    strided = {name: torch.stack((args[name], args[name] + 1), dim=-1)[..., 0] for name in ("q", "k", "v", "g")}
+    assert error(serve({**args, **strided}).o, expected) == 0
