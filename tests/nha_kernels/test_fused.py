@@ -34,13 +34,11 @@ ALIGNED = Case(tokens=70, window=16, group=4, kv_heads=1)
 
 STATES: dict[str, dict[str, int]] = {
     "dense states": {"chunk": 16, "segment": 64, "block": 16},
-    "sparse states": {"chunk": 64, "segment": 64, "block": 64},
-    "sparser states than steps": {"chunk": 128, "segment": 256, "block": 32},
+    "steps longer than chunks": {"chunk": 16, "segment": 64, "block": 64},
     "narrow columns": {"columns": 16},
 }
 OUTPUT: dict[str, dict[str, Any]] = {
     "small tile": {"rows": 16},
-    "large tile": {"rows": 128},
     "wide keys": {"keys": 64},
     "small blocks of slots": {"slots": 16},
 }
@@ -72,6 +70,22 @@ def judged(case: Case) -> tuple[Arguments, Judge]:
 def test_settings_do_not_change_the_answer(name: str, case: Case) -> None:
     args, right = judged(case)
     right.accept(serve(args, STATES.get(name, {}), OUTPUT.get(name, {})), what=name)
+
+
+@pytest.mark.parametrize("chunk", [8, 64, 128])
+def test_chunks_that_are_refused(chunk: int) -> None:
+    from nha_kernels.fused.states import StatesConfig
+
+    with pytest.raises(ValueError, match=f"chunk: expected 16 or 32; got {chunk}"):
+        StatesConfig(chunk=chunk, segment=256, block=64, columns=64, warps=4, stages=2)
+
+
+@pytest.mark.parametrize("rows", [8, 48, 128])
+def test_rows_that_are_refused(rows: int) -> None:
+    from nha_kernels.fused.output import OutputConfig
+
+    with pytest.raises(ValueError, match=f"rows: expected 16, 32 or 64; got {rows}"):
+        OutputConfig(rows=rows, keys=32, slots=64, warps=4, stages=2, anchored=True)
 
 
 @pytest.mark.parametrize(

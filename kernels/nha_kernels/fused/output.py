@@ -44,8 +44,9 @@ from .states import StoredStates
 class OutputConfig:
     """How the output kernel is launched.
 
-    rows: tokens x query heads of a tile, BR; keys: of a block of the window, BN; slots: of a block, BM; powers of two
-    >= 16. anchored: decays by the one exponent anchor, else by the tree; fp16 does not span the anchor's exponents.
+    rows: tokens x query heads of a tile, BR, at most 64; keys: of a block of the window, BN; slots: of a block, BM;
+    powers of two >= 16. anchored: decays by the one exponent anchor, else by the tree; fp16 does not span the anchor's
+    exponents.
     """
 
     rows: int
@@ -54,6 +55,11 @@ class OutputConfig:
     warps: int
     stages: int
     anchored: bool
+
+    def __post_init__(self) -> None:
+        # Tiles of 128 rows are computed wrongly on Hopper where ptxas 12.8 compiles them.
+        if self.rows not in (16, 32, 64):
+            raise ValueError(f"rows: expected 16, 32 or 64; got {self.rows}")
 
     @classmethod
     def default(cls, problem: Problem) -> OutputConfig:

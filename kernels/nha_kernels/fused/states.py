@@ -40,9 +40,9 @@ from .primitives import (
 class StatesConfig:
     """How the state pass is launched.
 
-    chunk: tokens between two stored states, C. segment: tokens of one program, L. block: tokens of one step without
-    WRITE (with it: the chunk, at most 64). All powers of two >= 16, each dividing the next larger. columns: of K~ or V~
-    a program.
+    chunk: tokens between two stored states, C, at most 32. segment: tokens of one program, L. block: tokens of one step
+    without WRITE (with it: the chunk). All powers of two >= 16, each dividing the next larger. columns: of K~ or V~ a
+    program.
     """
 
     chunk: int
@@ -51,6 +51,11 @@ class StatesConfig:
     columns: int
     warps: int
     stages: int
+
+    def __post_init__(self) -> None:
+        # With states every 64 tokens the output is computed wrongly on Hopper where ptxas 12.8 compiles it.
+        if self.chunk not in (16, 32):
+            raise ValueError(f"chunk: expected 16 or 32; got {self.chunk}")
 
     @classmethod
     def default(cls, problem: Problem, chunk: int) -> StatesConfig:
@@ -142,7 +147,7 @@ def segment_kernel(
     j = tl.arange(0, BT)
     m_later = (j[:, None] > j[None, :]).to(tl.float32)  # [BT, BT]: the gates between a token and the block's end
     for begin in range(0, L, BT):
-        if WRITE and begin % C == 0:
+        if WRITE:  # a step is a chunk
             chunk = segment.to(tl.int64) * (L // C) + begin // C
             p_state = p_states + ((chunk * H + h) * M + m)[:, None] * E + e[None, :]
             tl.store(p_state, b_state.to(p_states.dtype.element_ty), mask=m_end)
@@ -243,7 +248,7 @@ def state_launches(
     return [
         Launch(segment_kernel, grid, {**segment, "BT": config.block, "WRITE": False}, options),
         scan_launch(problem, layout, ends, totals, initial, stored.final, segments),
-        Launch(segment_kernel, grid, {**segment, "BT": min(64, config.chunk), "WRITE": True}, options),
+        Launch(segment_kernel, grid, {**segment, "BT": config.chunk, "WRITE": True}, options),
     ], stored
 
 
