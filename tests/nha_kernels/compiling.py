@@ -1,21 +1,31 @@
-"""Compile the fused kernels for a GPU that is not there: `python compiling.py DTYPE CAPABILITY`.
+"""Compile the fused kernels for a GPU that is not there: `python compiling.py DTYPE CAPABILITY`, or
+`python compiling.py resident NAME` for one of `resident_problems`.
 
 A program of its own, since kernels that were imported for Triton's interpreter cannot be compiled.
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
+import subprocess
 import sys
+import tempfile
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
-from nha_kernels.fused.forward import ForwardConfig, describe, launchable_problems
+from nha_kernels.fused.forward import ForwardConfig, choose, describe, launchable_problems
+from nha_kernels.fused.hopper import TensorDescriptor
 from nha_kernels.fused.primitives import Launch
 from nha_kernels.problem import Inputs, Problem
 from nha_kernels.state import NHAState
@@ -44,7 +54,8 @@ def compile_launch(launch: Launch, capability: int) -> Any:
             constants[(i,)] = value
         else:
             signature[name] = argument_type(value, (i,), constants, attributes)
-    source = ASTSource(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
+    language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = language(fn=kernel, signature=signature, constexprs=constants, attrs=attributes)
     return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=dict(launch.options))
 
 
@@ -59,6 +70,8 @@ def argument_type(value: Any, path: tuple[int, ...], constants: dict[Any, Any], 
     if isinstance(value, torch.Tensor):
         attributes[path] = ALIGNED
         return "*" + TYPES[value.dtype]
+    if isinstance(value, TensorDescriptor):
+        return f"tensordesc<{TYPES[value.base.dtype]}{list(value.block_shape)},{value.layout!r}>"
     return "fp32" if isinstance(value, float) else "i32"
 
 
@@ -68,49 +81,107 @@ def name(problem: Problem) -> str:
     return f"{dtype}-D{problem.head_dim}-NG{problem.group}-delay{problem.delay}"
 
 
-def meta_inputs(problem: Problem) -> Inputs:
-    """Inputs without data, with every optional one."""
+def resident_problems() -> dict[str, Problem]:
+    """By name, a problem for each variant of the kernels for Hopper that keep the slots on the chip: everything
+    optional switched on, but for the plain one, as most calls are."""
+    sizes = [(*size, 64) for size in product((64, 128), (4, 8), (torch.bfloat16, torch.float32))]
+    sizes += [(128, 4, torch.bfloat16, window) for window in (16, 32, 48)]
+    problems = {}
+    for head_dim, group, gate_dtype, window in sizes:
+        gates = str(gate_dtype).removeprefix("torch.")
+        problems[f"D{head_dim}-NG{group}-W{window}-{gates}"] = Problem(
+            batch=1, tokens=4096, sequences=1, q_heads=group, kv_heads=1, head_dim=head_dim, value_dim=head_dim,
+            slots=64, window=window, delay=window, dtype=torch.bfloat16, gate_dtype=gate_dtype, device="cuda",
+            capability=(9, 0), mask_empty_slots=True, output_final_state=True, return_lse=True,
+        )  # fmt: skip
+    usual = problems["D128-NG4-W64-bfloat16"]
+    problems["plain"] = replace(usual, mask_empty_slots=False, output_final_state=False, return_lse=False)
+    return problems
+
+
+def empty_inputs(problem: Problem, device: str = "meta") -> Inputs:
+    """Inputs that hold nothing, as a problem describes them."""
 
     def empty(*shape: int, dtype: torch.dtype = problem.dtype) -> torch.Tensor:
-        return torch.empty(*shape, dtype=dtype, device="meta")
+        return torch.empty(*shape, dtype=dtype, device=device)
 
     rows = (problem.batch, problem.tokens, problem.kv_heads)
     g = empty(*rows, problem.slots, dtype=problem.gate_dtype)
-    state = NHAState.zeros(
-        problem.sequences, problem.kv_heads, problem.slots, problem.head_dim, problem.window,
-        slot_delay=problem.delay, dtype=problem.dtype, gate_dtype=problem.gate_dtype, with_s=True, device="meta",
-    )  # fmt: skip
+    state = None
+    if problem.has_state:
+        state = NHAState.zeros(
+            problem.sequences, problem.kv_heads, problem.slots, problem.head_dim, problem.window,
+            slot_delay=problem.delay, dtype=problem.dtype, gate_dtype=problem.gate_dtype,
+            with_s=problem.explicit_strength, device=device,
+        )  # fmt: skip
     table = empty(problem.tokens + 64, problem.head_dim // 2, dtype=torch.float32)
     return Inputs(
         q=empty(problem.batch, problem.tokens, problem.q_heads, problem.head_dim),
-        k=empty(*rows, problem.head_dim), v=empty(*rows, problem.value_dim), g=g, s=torch.empty_like(g),
-        rope=(table, table), q_window=None, k_window=None, scale=0.1,
-        cu_seqlens=empty(problem.sequences + 1, dtype=torch.int32), state=state,
+        k=empty(*rows, problem.head_dim), v=empty(*rows, problem.value_dim), g=g,
+        s=torch.empty_like(g) if problem.explicit_strength else None,
+        rope=(table, table) if problem.positions == "rope" else None, q_window=None, k_window=None, scale=0.1,
+        cu_seqlens=empty(problem.sequences + 1, dtype=torch.int32) if problem.packed else None, state=state,
     )  # fmt: skip
 
 
-def main(dtype: str, capability: int) -> None:
-    """Compile every launchable variant of a dtype for an architecture; a line of JSON for each kernel."""
+def report(problem: str, launch: Launch, capability: int) -> Any:
+    """Compile a launch and print a line of JSON."""
+    log = io.StringIO()
+    with contextlib.redirect_stdout(log):
+        compiled = compile_launch(launch, capability)
+    target = re.search(r"\.target (sm_\d+)", compiled.asm["ptx"])
+    row = {
+        "problem": problem, "kernel": launch.kernel.__name__, "shared": compiled.metadata.shared,
+        "target": target and target[1], "cubin": len(compiled.asm["cubin"]),
+        "transposed_left": len(re.findall(r"\btt\.trans\b.*opIdx = 0", compiled.asm["ttgir"])),
+    }  # fmt: skip
+    if isinstance(launch.kernel, GluonJITFunction):
+        spills = re.findall(r"(\d+) bytes spill stores", log.getvalue())
+        row |= {
+            "spilled": sum(map(int, spills)) if spills else None,  # None: the log is not what it was
+            "serialised": re.findall(r".*\bC75\d\d\b.*", log.getvalue()),
+            "sass": disassemble(compiled.asm["cubin"]),
+        }
+    print(json.dumps(row), flush=True)
+
+
+def disassemble(cubin: bytes) -> str:
+    """The assembly, all of it: Triton's own listing ends at 64 KB of code."""
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "kernel.cubin"
+        file.write_bytes(cubin)
+        command = [triton.knobs.nvidia.cuobjdump.path, "-sass", str(file)]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
+
+
+def compile_for(dtype: str, capability: int) -> None:
+    """Every launchable variant of a dtype for an architecture."""
     seen = set()
     for problem in launchable_problems():
         if str(problem.dtype) != f"torch.{dtype}":
             continue
-        launches, _ = describe(problem, meta_inputs(problem), ForwardConfig.default(problem))
+        launches, _ = describe(problem, empty_inputs(problem), ForwardConfig.default(problem))
         for launch in launches:
             constants = {key: x for key, x in launch.arguments.items() if isinstance(x, (int, float))}
             key = (launch.kernel, *sorted(constants.items()), *launch.options.items())
-            if key in seen:
-                continue
-            seen.add(key)
-            compiled = compile_launch(launch, capability)
-            target = re.search(r"\.target (sm_\d+)", compiled.asm["ptx"])
-            row = {
-                "problem": name(problem), "kernel": launch.kernel.__name__, "shared": compiled.metadata.shared,
-                "target": target and target[1], "cubin": len(compiled.asm["cubin"]),
-                "transposed_left": len(re.findall(r"\btt\.trans\b.*opIdx = 0", compiled.asm["ttgir"])),
-            }  # fmt: skip
-            print(json.dumps(row), flush=True)
+            if key not in seen:
+                seen.add(key)
+                report(name(problem), launch, capability)
+
+
+def compile_resident(name: str) -> None:
+    """The kernels that serve one of `resident_problems`, with what ptxas says of them as it compiles them."""
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True
+    problem = resident_problems()[name]
+    # A descriptor asks for an address, so these inputs have one.
+    launches, _ = describe(problem, empty_inputs(problem, "cpu"), choose(problem, processors=132))
+    for launch in launches:
+        report(name, launch, 90)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    if sys.argv[1] == "resident":
+        compile_resident(sys.argv[2])
+    else:
+        compile_for(sys.argv[1], int(sys.argv[2]))

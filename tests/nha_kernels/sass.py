@@ -156,7 +156,7 @@ def _registers(name: str, operation: str, arguments: str) -> tuple[frozenset[int
     parts = operation.split(".")
     width = 1
     if name in ("LDSM", "STSM"):
-        width = int(parts[-1])  # matrices
+        width = int(parts[-1]) if parts[-1].isdigit() else 1  # matrices: M88.4, or M88 for one
     elif "128" in parts:
         width = 4
     elif {"64", "F64", "WIDE"}.intersection(parts) or name in DOUBLES or (name == "CS2R" and "32" not in parts):

@@ -28,6 +28,7 @@ def listing(*instructions: str) -> str:
         "FADD R12, R4, R13",  # the left operand may be read
         "LDS.128 R12, [R4]",
         "LDSM.16.M88.4 R12, [R16]",
+        "LDSM.16.MT88 R3, [R16]",
         "ISETP.GE.AND P0, PT, R4, R5, PT",  # writes no register, but P0
         "R2UR UR4, R6",
         "STS.128 [R23], R12",
