@@ -74,6 +74,32 @@ def test_segments_leave_few_processors_idle(batch: int, tokens: int) -> None:
     assert waves * tiles <= 1.25 * work / 132 + 2 * tiles or tiles == 4
 
 
+def test_segments_are_made_of_steps() -> None:
+    from nha_kernels.fused.resident import ResidentConfig
+
+    for tiles in (0, 2, 6):
+        with pytest.raises(ValueError, match=f"^tiles: expected a positive multiple of 4, got {tiles}$"):
+            ResidentConfig(tiles)
+
+
+@pytest.mark.parametrize("tokens", [1, 130])
+def test_a_size_of_one_may_have_any_stride(tokens: int) -> None:
+    """It is contiguous whatever its stride, which the copy engine would not take."""
+    from nha_kernels.fused.resident import ResidentConfig, resident_launches
+
+    def cut(size: int) -> torch.Tensor:
+        """[1, tokens, 1, size], from a batch whose rows are an element longer."""
+        return torch.zeros(2, tokens * size + 1, dtype=torch.bfloat16)[:, :-1].unflatten(1, (tokens, 1, size))[:1]
+
+    q, k, v, g = cut(128), cut(128), cut(128), cut(64)
+    assert k.is_contiguous()
+    assert k.stride(0) % 8
+    problem = explain(q, k, v, g, 64, output_final_state=True).problem
+    inputs = Inputs(q, k, v, g, None, None, None, None, 0.1, None, None)
+    launches, *_ = resident_launches(problem, inputs, ResidentConfig(4))
+    assert len(launches) == (1 if tokens <= 64 else 3)
+
+
 def serve(args: Arguments, tiles: int | None = None) -> Output:
     """The call by this kernel, in segments of `tiles`, into memory that held NaN."""
     from nha_kernels.fused.forward import run
@@ -103,6 +129,8 @@ CASES: dict[str, Case] = {
     "spikes": replace(WIDE, gates="spikes", gates_like_q=False),
     "a group of 7": replace(WIDE, group=7, mask=True),
     "a group of 8": replace(WIDE, group=8),
+    "a group of 5": replace(WIDE, group=5, kv_heads=1),
+    "a group of 2": replace(WIDE, group=2, kv_heads=1),
     "a group of 1, small heads": replace(WIDE, group=1, kv_heads=3, head_dim=64, window=32),
     "small heads": replace(WIDE, head_dim=64, window=32, slots=16),
     "a window of 16, few slots": replace(WIDE, window=16, slots=40, mask=True),
@@ -119,13 +147,27 @@ def test_it_is_as_exact_as_bf16_allows(name: str, tiles: int | None) -> None:
 
 
 @hopper
-@pytest.mark.parametrize("name", ["one sequence", "a group of 7", "small heads", "a window of 48", "fp32 gates"])
+@pytest.mark.parametrize("tokens", [40, 413])
+def test_rows_whose_logits_are_all_far_below_0(tokens: int) -> None:
+    """With `mask_empty_slots` nothing but the window stands against what comes before a sequence."""
+    args = make(replace(WIDE, tokens=tokens, mask=True), torch.bfloat16)
+    direction = torch.randn(128, device="cuda", dtype=torch.bfloat16)
+    args["q"], args["k"] = args["q"] + 4 * direction, args["k"] - 4 * direction
+    right = judge(args)
+    assert right.answer.lse[:, :30].max() < -88
+    right.accept(serve(args))
+
+
+@hopper
+@pytest.mark.parametrize(
+    "name", ["one sequence", "a group of 7", "small heads", "a window of 48", "fp32 gates", "a window of 16, few slots"]
+)
 def test_the_same_bits_every_time(name: str) -> None:
     """Its warps hand their work on through shared memory: a race would show as bits that change."""
-    args = make(replace(CASES[name], tokens=3000), torch.bfloat16)
-    for tiles in (8, 188):
+    args = make(replace(CASES[name], tokens=16384, batch=1, kv_heads=4), torch.bfloat16)
+    for tiles in (8, 64):
         first = parts(serve(args, tiles))
-        for _ in range(60):
+        for _ in range(40):
             again = parts(serve(args, tiles))
             assert all(torch.equal(x, first[key]) for key, x in again.items())
 
@@ -173,3 +215,34 @@ def test_inputs_that_lie_badly() -> None:
     assert error(serve({**args, **odd}).o, expected) == 0
     strided = {name: torch.stack((args[name], args[name] + 1), dim=-1)[..., 0] for name in ("q", "k", "v", "g")}
     assert error(serve({**args, **strided}).o, expected) == 0
+
+
+@hopper
+def test_a_captured_call_takes_new_inputs() -> None:
+    args = make(replace(WIDE, batch=1, tokens=700), torch.bfloat16)
+    other = make(replace(WIDE, batch=1, tokens=700, seed=1), torch.bfloat16)
+    expected = serve(other).o
+    serve(args)  # compiled before the capture
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        o, _ = native_hybrid_attention(**args, backend="triton")
+    for name in ("q", "k", "v", "g"):
+        args[name].copy_(other[name])
+    graph.replay()
+    assert error(o, expected) == 0
+
+
+@hopper
+def test_more_than_2_to_the_31_elements() -> None:
+    if torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("needs 40 GiB of GPU memory")
+    random = torch.Generator("cuda").manual_seed(0)
+
+    def normal(*sizes: int) -> torch.Tensor:
+        return torch.randn(8, 2**17, *sizes, generator=random, device="cuda", dtype=torch.bfloat16)
+
+    q, k, v, g = normal(32, 128), normal(8, 128), normal(8, 128), normal(8, 64).abs_().neg_()
+    assert q.numel() > 2**31
+    o, _ = native_hybrid_attention(q, k, v, g, 64, backend="triton")
+    alone, _ = native_hybrid_attention(q[-1:], k[-1:], v[-1:], g[-1:], 64, backend="triton")
+    assert error(o[-1:, -4096:], alone[:, -4096:]) < torch.finfo(torch.bfloat16).eps

@@ -16,8 +16,11 @@ window of the tile's token t for j > t, and in its slots for j <= t. With S the 
     q_t . K~ = 2^(c_t) (q_t . S) + sum_{j <= t} (q_t . k_j) s_j 2^(c_t - c_j)          c: log2 decay since block i began
 
 slot by slot, and the values likewise from the other side. 2^(c_t + A) goes with the rows and 2^(-c_j - A) with tokens
-and S: with the steps cut off at 2^-13 (`STRONGEST`) the anchor A keeps all of them within bf16's exponents.
-Sizes as in `primitives`; BM = 64 slots, those beyond M masked.
+and S: with the steps cut off at 2^-13 (`STRONGEST`) the anchor A keeps each of them within bf16's exponents. It is
+lower than that of `primitives`, since S is kept in bf16 with it.
+
+Sizes as in `primitives`, but R: blocks of the ring of keys and values. G: blocks of the ring of gates. WB: blocks of
+the window before a tile. PARTS: of a group, HEADS query heads each. BM: slots of a block, those beyond M masked.
 """
 
 from __future__ import annotations
@@ -49,10 +52,13 @@ from .states import scan_launch
 ANCHOR = gl.constexpr(96.0)
 LOG2E = gl.constexpr(1.4426950408889634)
 STRONGEST = gl.constexpr(-9.0)
-FORGET = gl.constexpr(-110.0)  # exp() of it is 0 in fp32; it stands for -inf, whose sums would turn into NaN
+# exp() of it is 0 in fp32. It stands for all that is lower: sums with -inf would turn into NaN, and large ones, which
+# are subtracted here, lose what is small.
+ERASED = gl.constexpr(-110.0)
 TOKENS = gl.constexpr(16)  # of a tile, and of a block of the ring
 HEADS = gl.constexpr(4)  # query heads of a tile
 BM = gl.constexpr(64)
+RING = gl.constexpr(8)  # R: WB + 2 at the least, and as many as G less one, or a wait could miss its turn
 STEP = gl.constexpr(64)  # tokens that the slots take in at once on the way to a segment's end
 NO_PIECES = Layout(None, None, None, None)
 
@@ -61,15 +67,17 @@ NO_PIECES = Layout(None, None, None, None)
 class ResidentConfig:
     """How the resident kernel is launched.
 
-    tiles: of 16 tokens, that a program walks: its segment, a multiple of 4. ring: blocks of 16 keys and values in
-    shared memory, R. registers: of a thread of an output partition; the state's get what is left. stages: blocks of 64
-    keys and values that are on their way in `ends_kernel`.
+    tiles: of 16 tokens, that a program walks: its segment, a multiple of 4. registers: of a thread of an output
+    partition; the state's get what is left. stages: blocks of 64 keys and values under way in `ends_kernel`.
     """
 
     tiles: int
-    ring: int = 8
     registers: int = 152
     stages: int = 3
+
+    def __post_init__(self) -> None:
+        if self.tiles < 4 or self.tiles % 4:
+            raise ValueError(f"tiles: expected a positive multiple of 4, got {self.tiles}")
 
     @property
     def tokens(self) -> int:
@@ -128,13 +136,13 @@ def load_gates(p_g, n, h, t, end, T, H, M: gl.constexpr, COUNT: gl.constexpr, la
     j = t + gl.arange(0, COUNT, layout=gl.SliceLayout(1, layout))
     m = gl.arange(0, BM, layout=gl.SliceLayout(0, layout))
     row = (n.to(gl.int64) * T + j) * H + h
-    mask = ((j >= 0) & (j < end))[:, None] & (m < M)[None, :]
-    return gl.load(p_g + row[:, None] * M + m[None, :], mask=mask, other=0.0)
+    m_gate = ((j >= 0) & (j < end))[:, None] & (m < M)[None, :]
+    return gl.load(p_g + row[:, None] * M + m[None, :], mask=m_gate, other=0.0)
 
 
 @gluon.jit
 def write_strength(b_g):
-    """1 - exp(g) in fp32. Weak gates would cancel; down to -0.1 six terms of the series are exact."""
+    """1 - exp(g) in fp32, as `primitives` has it for Triton's own kernels."""
     b_series = 1.0 + b_g * (0.5 + b_g * (1 / 6 + b_g * (1 / 24 + b_g * (1 / 120 + b_g * (1 / 720)))))
     return gl.where(b_g > -0.1, -b_g * b_series, 1.0 - gl.exp2(b_g * LOG2E))
 
@@ -143,7 +151,7 @@ def write_strength(b_g):
 def absorb_weights(b_g, b_strength, acc: gl.constexpr):
     """How much of each token is left in the slots at the block's end [tokens, BM], the block's decay [BM] in log2, and
     its factor for what the slots held, for rows of `acc`."""
-    b_log2 = gl.maximum(b_g, FORGET) * LOG2E
+    b_log2 = gl.maximum(b_g, ERASED) * LOG2E
     b_total = gl.sum(b_log2, 0)
     b_later = b_total[None, :] - gl.associative_scan(b_log2, 0, add)
     b_keep = gl.exp2(gl.convert_layout(b_total, gl.SliceLayout(1, acc)))
@@ -216,9 +224,9 @@ def state_partition(
         m = gl.arange(0, BM, layout=gl.SliceLayout(1, acc))
         d = gl.arange(0, D, layout=gl.SliceLayout(0, acc))
         p_row = p_before + ((segment.to(gl.int64) * H + h) * M + m)[:, None] * (2 * D) + d[None, :]
-        mask = (m < M)[:, None] & (d < D)[None, :]
-        b_k = gl.load(p_row, mask=mask, other=0.0) * 2.0**-ANCHOR
-        b_v = gl.load(p_row + D, mask=mask, other=0.0) * 2.0**-ANCHOR
+        m_row = (m < M)[:, None] & (d < D)[None, :]
+        b_k = gl.load(p_row, mask=m_row, other=0.0) * 2.0**-ANCHOR  # [BM, D]
+        b_v = gl.load(p_row + D, mask=m_row, other=0.0) * 2.0**-ANCHOR
 
     mbarrier.wait(g_full.index(0), 0)
     b_factor, b_decay, b_weight, b_keep = decays(s_g.index(0).reshape([TOKENS, BM]).load(gates), acc)
@@ -317,21 +325,29 @@ def output_partition(
         b_own = warpgroup_mma(
             b_q, s_k.index(i % R).reshape([TOKENS, D]).permute((1, 0)), b_zero, use_acc=False, is_async=True
         )  # [ROWS, TOKENS]
-        b_slot = gl.zeros([ROWS, BM], gl.float32, slots)
+        b_slot = gl.zeros([ROWS, BM], gl.float32, slots)  # [ROWS, BM]
         b_slot = warpgroup_mma(b_q, s_slot_k.index(stage).permute((1, 0)), b_slot, use_acc=False, is_async=True)
         b_logit = ()
         for x in gl.static_range(1, WB + 1):
             s_key = s_k.index((i + x) % R).reshape([TOKENS, D]).permute((1, 0))
-            b_logit = b_logit + (warpgroup_mma(b_q, s_key, b_zero, use_acc=False, is_async=True),)
+            b_logit = b_logit + (
+                warpgroup_mma(b_q, s_key, b_zero, use_acc=False, is_async=True),
+            )  # [ROWS, TOKENS] each
         waited = warpgroup_mma_wait(WB, deps=(b_own, b_slot) + b_logit)
         b_own = waited[0]
-        b_pair = gl.convert_layout(gl.where(m_upto, b_own, 0.0).to(bf16), left)
+        b_pair = gl.convert_layout(gl.where(m_upto, b_own, 0.0).to(bf16), left)  # [ROWS, TOKENS]
         b_slot = warpgroup_mma(b_pair, s_factor.index(stage), waited[1], is_async=True)
         waited = warpgroup_mma_wait(1, deps=waited[2:] + (b_slot, b_q))
         b_logit = (gl.where(m_upto, -inf, b_own),) + waited[:WB]
         b_logit = b_logit[:WB] + (gl.where(m_upto, b_logit[WB], -inf),)
 
-        # One softmax. A block before the sequence holds zeros, which a maximum may include and a sum must not.
+        # One softmax. A block before the sequence holds zeros. The sum leaves it out; the maximum may take it in, as
+        # long as the slots, which are empty then, take part with a logit of 0 themselves.
+        if MASK_EMPTY:
+            b_there = ()
+            for x in gl.static_range(WB):
+                b_there = b_there + (gl.where(first + x * TOKENS >= 0, b_logit[x], -inf),)
+            b_logit = b_there + (b_logit[WB],)
         b_most = gl.maximum(b_logit[0], b_logit[1])
         for x in gl.static_range(2, WB + 1):
             b_most = gl.maximum(b_most, b_logit[x])
@@ -348,9 +364,10 @@ def output_partition(
             b_slot = gl.where(first < 0, -inf, b_slot)
         b_max = gl.maximum(gl.max(b_slot, 1), b_max) * to_log2
         b_slot = gl.exp2(b_slot * to_log2 - b_max[:, None])
-        b_sum = gl.sum(b_slot, 1)
+        b_sum = gl.sum(b_slot, 1)  # [ROWS]
         b_slot = gl.convert_layout((b_slot * b_decay).to(bf16), left)
         b_new = warpgroup_mma(b_slot, s_factor.index(stage).permute((1, 0)), b_zero, use_acc=False, is_async=True)
+        # [ROWS, TOKENS]: what the slots weigh of block i's tokens
         b_top = gl.convert_layout(b_max, of_keys)
         b_own = gl.exp2(b_logit[0] * to_log2 - gl.where(first >= 0, b_top, inf)[:, None])
         b_most = b_own
@@ -362,7 +379,7 @@ def output_partition(
         b_sum += gl.convert_layout(gl.sum(b_most, 1), of_slots)
 
         # The values. What the slots weigh of block i's tokens goes with what the window does.
-        b_o = gl.zeros([ROWS, D], gl.float32, values)
+        b_o = gl.zeros([ROWS, D], gl.float32, values)  # [ROWS, D]
         b_o = warpgroup_mma(b_slot, s_slot_v.index(stage), b_o, use_acc=False, is_async=True)
         for x in gl.static_range(1, WB + 1):
             b_o = warpgroup_mma(b_p[x - 1], s_v.index((i + x) % R).reshape([TOKENS, D]), b_o, is_async=True)
@@ -520,9 +537,9 @@ def ends_kernel(
     d = gl.arange(0, D, layout=gl.SliceLayout(0, acc))
     row = ((n * segments + index).to(gl.int64) * H + h) * M
     p_row = p_ends + (row + m)[:, None] * (2 * D) + d[None, :]
-    mask = (m < M)[:, None] & (d < D)[None, :]
-    gl.store(p_row, b_k, mask=mask)
-    gl.store(p_row + D, b_v, mask=mask)
+    m_row = (m < M)[:, None] & (d < D)[None, :]
+    gl.store(p_row, b_k, mask=m_row)
+    gl.store(p_row + D, b_v, mask=m_row)
     slot = gl.arange(0, BM, layout=gl.SliceLayout(0, gates))
     gl.store(p_totals + row + slot, b_sum, mask=slot < M)
 
@@ -559,7 +576,7 @@ def resident_launches(
             Launch(ends_kernel, (batch * programs * heads,), ends, {"num_warps": 8}),
             scan_launch(problem, NO_PIECES, before, totals, None, final, segments),
         ]
-    o = torch.empty_like(q)
+    o = torch.empty(q.shape, dtype=q.dtype, device=device)
     lse = empty(batch, tokens, problem.q_heads) if problem.return_lse else None
 
     def by_group(x: Tensor) -> Tensor:
@@ -570,7 +587,7 @@ def resident_launches(
         d_q=descriptor(by_group(q), box), d_k=descriptor(k, key_box), d_v=descriptor(v, key_box),
         d_g=descriptor(g, [1, TOKENS.value, 1, BM.value]), d_o=descriptor(by_group(o), box), p_before=before,
         p_lse=lse, T=tokens, tiles=config.tiles, segments=segments, scale=float(inputs.scale), HQ=problem.q_heads,
-        H=heads, D=dim, M=problem.slots, WB=problem.window // TOKENS.value, R=config.ring,
+        H=heads, D=dim, M=problem.slots, WB=problem.window // TOKENS.value, R=RING.value,
         G=8 if g.element_size() == 2 else 5,  # what shared memory has room for
         MASK_EMPTY=problem.mask_empty_slots, REGISTERS=config.registers,
     )  # fmt: skip
