@@ -75,14 +75,17 @@ def _git(*arguments: str) -> str | None:
 def git_state() -> tuple[str, bool | None]:
     """(commit, whether the work tree differs from it). What a bench itself writes, results/, does not count.
 
-    Where git knows nothing, as in a copy without .git: what NHABENCH_GIT_SHA says, a commit or "<commit>+dirty".
+    What NHABENCH_GIT_SHA says, a commit or "<commit>+dirty", comes before what git does: it is set for a copy whose git
+    knows nothing, or another commit.
     """
-    sha = _git("rev-parse", "HEAD")
-    if sha is not None:
-        changes = _git("status", "--porcelain", "--", ":/", ":(top,exclude)results")
-        return sha, None if changes is None else bool(changes)
     told = re.fullmatch(r"([0-9a-f]{7,64})(\+dirty)?", os.environ.get(GIT_SHA_VARIABLE, "").strip())
-    return (told.group(1), told.group(2) is not None) if told else ("", None)
+    if told:
+        return told.group(1), told.group(2) is not None
+    sha = _git("rev-parse", "HEAD")
+    if sha is None:
+        return "", None
+    changes = _git("status", "--porcelain", "--", ":/", ":(top,exclude)results")
+    return sha, None if changes is None else bool(changes)
 
 
 def _version(distribution: str) -> str:

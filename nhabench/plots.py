@@ -348,7 +348,8 @@ def _speedup_finding(rows: Sequence[Row], gain: Callable[[Row], float]) -> str:
     nha, full = fastest_by_length(rows, "nha"), fastest_by_length(rows, "full")
     best = max((row for length, row in nha.items() if length in full), key=gain)
     word = "faster than" if gain(best) >= 1 else "the speed of"
-    return f"{best.label}: up to {gain(best):.2g}x {word} full attention (T={best.seq_len})"
+    digits = 1 if gain(best) < 10 else 0
+    return f"{best.label}: up to {gain(best):.{digits}f}x {word} full attention (T={best.seq_len})"
 
 
 def floor(rows: Sequence[Row]) -> Figure | None:
@@ -373,13 +374,16 @@ def floor(rows: Sequence[Row]) -> Figure | None:
         if ceiling is not None:
             axis.axhline(ceiling, color=_BLACK, linestyle="--", linewidth=1.2)
             text = f"{ceiling_name}: {ceiling:.3g}" if ceiling_name != "floor" else "the floor"
-            axis.annotate(text, xy=(0.02, ceiling), xycoords=("axes fraction", "data"), xytext=(0, -3),
-                          textcoords="offset points", va="top", fontsize=LABEL_POINTS)  # fmt: skip
+            # Above it, where no line can be.
+            axis.annotate(text, xy=(0.02, ceiling), xycoords=("axes fraction", "data"), xytext=(0, 3),
+                          textcoords="offset points", va="bottom", fontsize=LABEL_POINTS)  # fmt: skip
         _log_axis(axis)
+        if ceiling is not None:
+            axis.set_ylim(top=2.2 * ceiling)
     best = max(timed, key=lambda row: row.floor_fraction or 0.0)
-    finding = (
-        f"{best.label} runs at {100 * (best.floor_fraction or 0.0):.2g} % of what the floor allows (T={best.seq_len})"
-    )
+    reached = [100 * (row.floor_fraction or 0.0) for row in lines[best.implementation]]
+    low, high = f"{min(reached):.2g}", f"{max(reached):.2g}"
+    finding = f"{best.label} runs at {low if low == high else f'{low} to {high}'} % of the speed that the floor allows"
     _headline(figure, finding, "Achieved rates of the forward pass", timed, absent)
     _label_ends(axes[-1], _ends(lines, panels[-1][1], leaders))
     return figure

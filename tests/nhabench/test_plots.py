@@ -156,6 +156,22 @@ def test_the_fastest_nha_and_the_fastest_full_attention_stand_out(row: RowMaker)
     assert styles(floor(rows))["NHA triton"] == (2.8, "bold")
 
 
+def test_the_floor_is_drawn_with_its_name_above_every_line(row: RowMaker) -> None:
+    """Also where NHA is so near that the name had no room below."""
+    figure = floor(
+        [row(seq_len=length, floor_fraction=0.98, copy_tb_per_s=3.0, tb_per_s=2.9) for length in (512, 1024)]
+    )
+    assert figure is not None
+    for axis in figure.axes:
+        low, high = axis.get_ylim()
+        highest = max(max(line.get_ydata()) for line in axis.lines)  # type: ignore[type-var]
+        lowest = min(min(line.get_ydata()) for line in axis.lines)  # type: ignore[type-var]
+        assert 0 < low < lowest
+        assert high > 2 * low  # the lines are not squeezed together
+        for label in (text for text in axis.texts if isinstance(text, Annotation) and text.get_va() == "bottom"):
+            assert highest <= label.xy[1] < high
+
+
 def test_a_slow_definition_is_named_and_not_drawn(row: RowMaker) -> None:
     rows = race(row, {512: 3.0, 1024: 3.0}, {512: 2.0, 1024: 4.0})
     rows.append(row(median_ms=99.0, implementation="naive", label="NHA naive"))
