@@ -46,21 +46,14 @@ from .hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .primitives import Launch, Layout
-from .states import scan_launch
+from .primitives import Launch
+from .segment_ends import BM, LOG2E, absorb_weights, add, ends_launches, write_strength
 
 ANCHOR = gl.constexpr(96.0)
-LOG2E = gl.constexpr(1.4426950408889634)
 STRONGEST = gl.constexpr(-9.0)
-# exp() of it is 0 in fp32. It stands for all that is lower: sums with -inf would turn into NaN, and large ones, which
-# are subtracted here, lose what is small.
-ERASED = gl.constexpr(-110.0)
 TOKENS = gl.constexpr(16)  # of a tile, and of a block of the ring
 HEADS = gl.constexpr(4)  # query heads of a tile
-BM = gl.constexpr(64)
 RING = gl.constexpr(8)  # R: WB + 2 at the least, and as many as G less one, or a wait could miss its turn
-STEP = gl.constexpr(64)  # tokens that the slots take in at once on the way to a segment's end
-NO_PIECES = Layout(None, None, None, None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,12 +61,11 @@ class ResidentConfig:
     """How the resident kernel is launched.
 
     tiles: of 16 tokens, that a program walks: its segment, a multiple of 4. registers: of a thread of an output
-    partition; the state's get what is left. stages: blocks of 64 keys and values under way in `ends_kernel`.
+    partition; the state's get what is left.
     """
 
     tiles: int
     registers: int = 152
-    stages: int = 3
 
     def __post_init__(self) -> None:
         if self.tiles < 4 or self.tiles % 4:
@@ -123,39 +115,6 @@ def why_not_resident(problem: Problem) -> str | None:
         (not problem.has_state, "takes no initial state"),
     )
     return next((f"the kernel with the slots on the chip {reason}" for served, reason in limits if not served), None)
-
-
-@gluon.jit
-def add(a, b):
-    return a + b
-
-
-@gluon.jit
-def load_gates(p_g, n, h, t, end, T, H, M: gl.constexpr, COUNT: gl.constexpr, layout: gl.constexpr):
-    """g of COUNT tokens from t on, [COUNT, BM]; 0, which changes nothing, before the first token and from `end` on."""
-    j = t + gl.arange(0, COUNT, layout=gl.SliceLayout(1, layout))
-    m = gl.arange(0, BM, layout=gl.SliceLayout(0, layout))
-    row = (n.to(gl.int64) * T + j) * H + h
-    m_gate = ((j >= 0) & (j < end))[:, None] & (m < M)[None, :]
-    return gl.load(p_g + row[:, None] * M + m[None, :], mask=m_gate, other=0.0)
-
-
-@gluon.jit
-def write_strength(b_g):
-    """1 - exp(g) in fp32, as `primitives` has it for Triton's own kernels."""
-    b_series = 1.0 + b_g * (0.5 + b_g * (1 / 6 + b_g * (1 / 24 + b_g * (1 / 120 + b_g * (1 / 720)))))
-    return gl.where(b_g > -0.1, -b_g * b_series, 1.0 - gl.exp2(b_g * LOG2E))
-
-
-@gluon.jit
-def absorb_weights(b_g, b_strength, acc: gl.constexpr):
-    """How much of each token is left in the slots at the block's end [tokens, BM], the block's decay [BM] in log2, and
-    its factor for what the slots held, for rows of `acc`."""
-    b_log2 = gl.maximum(b_g, ERASED) * LOG2E
-    b_total = gl.sum(b_log2, 0)
-    b_later = b_total[None, :] - gl.associative_scan(b_log2, 0, add)
-    b_keep = gl.exp2(gl.convert_layout(b_total, gl.SliceLayout(1, acc)))
-    return b_strength * gl.exp2(b_later), b_total, b_keep
 
 
 @gluon.jit
@@ -475,75 +434,6 @@ def resident_kernel(
     )  # fmt: skip
 
 
-@gluon.jit(do_not_specialize=["T", "end", "blocks", "segments", "programs", "start"])
-def ends_kernel(
-    d_k, d_v, p_g, p_ends, p_totals, T, end, start, blocks, segments, programs,
-    H: gl.constexpr, D: gl.constexpr, M: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    """What the `blocks` * STEP tokens of one segment leave in one kv head's slots, from zero.
-
-    Segment s of a sequence begins at token start + s * blocks * STEP; tokens before 0 and from `end` on do not enter.
-    d_k, d_v: [N, end, H, D]; p_ends [N * segments, H, M, 2 D] and p_totals [N * segments, H, M] fp32, as `scan_kernel`
-    takes them, of the first `programs` segments of each sequence.
-    """
-    # Two warpgroups: they share the gates' arithmetic, which takes longer than the products.
-    acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, D // 2, 16])
-    gates: gl.constexpr = gl.BlockedLayout([STEP // 4, 1], [4, 8], [1, 8], [1, 0])  # [STEP, BM]
-    h = gl.program_id(0) % H
-    n = gl.program_id(0) // H // programs
-    index = gl.program_id(0) // H % programs
-    t0 = start + index * blocks * STEP
-
-    s_k = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, STEP, 1, D], tile_layout(4))
-    s_v = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, STEP, 1, D], tile_layout(4))
-    s_weight = gl.allocate_shared_memory(gl.bfloat16, [STEP, BM], tile_layout(2))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for x in gl.static_range(STAGES):
-        mbarrier.init(full.index(x), count=1)
-    fence_async_shared()
-    barrier()
-    for x in gl.static_range(STAGES):
-        mbarrier.expect(full.index(x), 2 * STEP * D * 2, pred=x < blocks)
-        load_async(d_k, [n, t0 + x * STEP, h, 0], full.index(x), s_k.index(x), pred=x < blocks)
-        load_async(d_v, [n, t0 + x * STEP, h, 0], full.index(x), s_v.index(x), pred=x < blocks)
-
-    b_k = gl.zeros([BM, D], gl.float32, acc)
-    b_v = gl.zeros([BM, D], gl.float32, acc)
-    b_sum = gl.zeros([BM], gl.float32, gl.SliceLayout(0, gates))
-    b_next = load_gates(p_g, n, h, t0, end, T, H, M, STEP, gates)  # [STEP, BM]
-    for x in range(blocks):
-        b_g = b_next.to(gl.float32)
-        b_next = load_gates(p_g, n, h, t0 + (x + 1) * STEP, end, T, H, M, STEP, gates)
-        b_weight, b_total, b_keep = absorb_weights(b_g, write_strength(b_g), acc)
-        b_sum += b_total
-        s_weight.store(b_weight.to(gl.bfloat16))
-        fence_async_shared()
-        barrier()
-        b_k = b_k * b_keep[:, None]
-        b_v = b_v * b_keep[:, None]
-        place = x % STAGES
-        mbarrier.wait(full.index(place), (x // STAGES) & 1)
-        s_left = s_weight.permute((1, 0))  # [BM, STEP]
-        b_k = warpgroup_mma(s_left, s_k.index(place).reshape([STEP, D]), b_k, is_async=True)
-        b_v = warpgroup_mma(s_left, s_v.index(place).reshape([STEP, D]), b_v, is_async=True)
-        b_k, b_v = warpgroup_mma_wait(0, deps=[b_k, b_v])
-        barrier()  # all warps are done with this place
-        ahead = x + STAGES < blocks
-        mbarrier.expect(full.index(place), 2 * STEP * D * 2, pred=ahead)
-        load_async(d_k, [n, t0 + (x + STAGES) * STEP, h, 0], full.index(place), s_k.index(place), pred=ahead)
-        load_async(d_v, [n, t0 + (x + STAGES) * STEP, h, 0], full.index(place), s_v.index(place), pred=ahead)
-
-    m = gl.arange(0, BM, layout=gl.SliceLayout(1, acc))
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, acc))
-    row = ((n * segments + index).to(gl.int64) * H + h) * M
-    p_row = p_ends + (row + m)[:, None] * (2 * D) + d[None, :]
-    m_row = (m < M)[:, None] & (d < D)[None, :]
-    gl.store(p_row, b_k, mask=m_row)
-    gl.store(p_row + D, b_v, mask=m_row)
-    slot = gl.arange(0, BM, layout=gl.SliceLayout(0, gates))
-    gl.store(p_totals + row + slot, b_sum, mask=slot < M)
-
-
 def resident_launches(
     problem: Problem, inputs: Inputs, config: ResidentConfig
 ) -> tuple[list[Launch], Tensor, Tensor | None, Tensor | None]:
@@ -554,30 +444,14 @@ def resident_launches(
     segments = -(-tokens // config.tokens)
     q, k, v, g = (aligned(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g))
 
-    def empty(*shape: int) -> Tensor:
-        return torch.empty(*shape, dtype=torch.float32, device=device)
-
-    launches: list[Launch] = []
-    before, final = None, None
-    entered = max(0, tokens - problem.delay)
+    final = None
     if problem.output_final_state:
         final = torch.zeros(batch, heads, problem.slots, 2 * dim, dtype=torch.float32, device=device)
-    if segments > 1 or (final is not None and entered > 0):
-        before = empty(batch * segments, heads, problem.slots, 2 * dim)
-        totals = empty(batch * segments, heads, problem.slots)
-        programs = segments if final is not None else segments - 1  # what follows the last segment is not needed
-        box = [1, STEP.value, 1, dim]
-        ends = dict(
-            d_k=descriptor(k[:, :entered], box), d_v=descriptor(v[:, :entered], box), p_g=g, p_ends=before,
-            p_totals=totals, T=tokens, end=entered, start=-problem.delay, blocks=config.tokens // STEP.value,
-            segments=segments, programs=programs, H=heads, D=dim, M=problem.slots, STAGES=config.stages,
-        )  # fmt: skip
-        launches = [
-            Launch(ends_kernel, (batch * programs * heads,), ends, {"num_warps": 8}),
-            scan_launch(problem, NO_PIECES, before, totals, None, final, segments),
-        ]
+    launches, before = ends_launches(problem, k, v, g, config.tokens, final)
     o = torch.empty(q.shape, dtype=q.dtype, device=device)
-    lse = empty(batch, tokens, problem.q_heads) if problem.return_lse else None
+    lse = None
+    if problem.return_lse:
+        lse = torch.empty(batch, tokens, problem.q_heads, dtype=torch.float32, device=device)
 
     def by_group(x: Tensor) -> Tensor:
         return x.view(batch, tokens, heads, group, dim)
