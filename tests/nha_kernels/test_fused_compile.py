@@ -25,7 +25,8 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Bytes that the code of both output partitions together may move from registers to memory: ten registers each, of which
 # some two are moved in every tile.
 SPILLED = 80
-# From 3.9 on Triton calls ptxas 13 for sm_90, for which these kernels need too many registers: right all the same, slow.
+# From 3.9 on Triton calls ptxas 13 for sm_90, for which these kernels need too many registers: right all the same, but
+# slow.
 FAST = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
 DTYPES = ("bfloat16", "float16", "float32")
 
