@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
@@ -10,10 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-
-with warnings.catch_warnings():  # torch's compiler imports much of what happens to be installed, and may be first to
-    warnings.simplefilter("ignore")
-    import torch._dynamo
 
 from nha_kernels import UnsupportedCall, explain, library, native_hybrid_attention, nha_decode_step
 from nha_kernels.problem import Inputs
