@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from nha_kernels import NHAState, explain, layout, native_hybrid_attention, nha_decode_step
-from nha_kernels.problem import Problem, history_length
+from nha_kernels.problem import Inputs, Problem, history_length
 from nha_kernels.registry import BACKENDS, IMPLEMENTATIONS
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -332,6 +332,13 @@ def one_by_one(args: Arguments) -> list[Arguments]:
 
 
 # ---- Calls ----
+
+
+def inputs_of(args: Arguments) -> Inputs:
+    """The tensors of a call, as implementations take them."""
+    named = {name: args.get(name) for name in (*TOKEN_ARGUMENTS, "rope", "cu_seqlens")}
+    scale = args.get("scale") or args["q"].shape[-1] ** -0.5
+    return Inputs(**named, scale=scale, state=args.get("initial_state"))
 
 
 class Output(NamedTuple):

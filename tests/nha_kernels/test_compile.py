@@ -11,7 +11,6 @@ import pytest
 import torch
 
 from nha_kernels import UnsupportedCall, explain, library, native_hybrid_attention, nha_decode_step
-from nha_kernels.problem import Inputs
 
 from .helpers import (
     DEVICE,
@@ -31,6 +30,7 @@ from .helpers import (
     gradients,
     has_lse_gradient,
     in_pieces,
+    inputs_of,
     leaves,
     make,
     parts,
@@ -101,10 +101,7 @@ def assert_same(got: Output, expected: Output) -> None:
 
 def of_operator(args: Arguments, backend: str, *, everything: bool = True) -> library.Arguments:
     asked = dict(output_final_state=everything, return_lse=everything)
-    named = {name: args.get(name) for name in (*TOKEN_ARGUMENTS, "rope", "cu_seqlens")}
-    scale = args["scale"] or args["q"].shape[-1] ** -0.5
-    problem = explain(**args, **asked).problem
-    return library.Arguments.of(problem, Inputs(**named, scale=scale, state=args.get("initial_state")), backend)
+    return library.Arguments.of(explain(**args, **asked).problem, inputs_of(args), backend)
 
 
 @pytest.mark.parametrize(("backend", "name"), backends_and(CASES, few=["plain"]))

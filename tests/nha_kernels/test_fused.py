@@ -10,10 +10,23 @@ import torch
 
 from nha_kernels import explain
 from nha_kernels.fused import limits
-from nha_kernels.problem import Inputs, Problem
+from nha_kernels.problem import Problem
 from nha_kernels.state import advance
 
-from .helpers import DEVICE, ON_GPU, Arguments, Case, Judge, Output, error, judge, make, parts, zero_state
+from .helpers import (
+    DEVICE,
+    ON_GPU,
+    Arguments,
+    Case,
+    Judge,
+    Output,
+    error,
+    inputs_of,
+    judge,
+    make,
+    parts,
+    zero_state,
+)
 
 reason = limits.why_unavailable(DEVICE)
 pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
@@ -51,10 +64,7 @@ def serve(args: Arguments, states: dict[str, Any], output: dict[str, Any]) -> Ou
     problem: Problem = explain(**args, output_final_state=True, return_lse=True).problem
     config = ForwardConfig.default(problem)
     config = ForwardConfig(replace(config.states, **states), replace(config.output, **output))
-    names = ("q", "k", "v", "g", "s", "rope", "q_window", "k_window", "scale", "cu_seqlens", "initial_state")
-    inputs = Inputs(*(args.get(name) for name in names))
-    if inputs.scale is None:
-        inputs = replace(inputs, scale=inputs.q.shape[-1] ** -0.5)
+    inputs = inputs_of(args)
     result = run(problem, inputs, config)
     assert result.lse is not None
     return Output(result.o, advance(problem, inputs, result), result.lse)
@@ -143,8 +153,7 @@ def test_many_short_sequences_take_no_more_states_than_their_tokens() -> None:
     case = Case(tokens=4096, lengths=(8,) * 512, window=4, kv_heads=1, head_dim=64)
     args = make(case, torch.float32, "cpu")
     problem = explain(**args).problem
-    inputs = Inputs(args["q"], args["k"], args["v"], args["g"], None, None, None, None, 0.1, args["cu_seqlens"], None)
-    launches, _ = describe(problem, inputs, ForwardConfig.default(problem))
+    launches, _ = describe(problem, inputs_of(args), ForwardConfig.default(problem))
     states = launches[0].arguments["p_states"]
     chunk = launches[-1].arguments["C"]
     assert len(states) <= 4 * (case.tokens // chunk + problem.sequences)

@@ -10,10 +10,21 @@ import torch
 
 from nha_kernels import explain, native_hybrid_attention
 from nha_kernels.fused import limits
-from nha_kernels.problem import Inputs, Problem
+from nha_kernels.problem import Problem
 from nha_kernels.state import advance
 
-from .helpers import ON_GPU, Arguments, Case, Output, describe, error, judge, make, parts
+from .helpers import (
+    ON_GPU,
+    Arguments,
+    Case,
+    Output,
+    describe,
+    error,
+    inputs_of,
+    judge,
+    make,
+    parts,
+)
 
 pytestmark = pytest.mark.skipif(
     limits.why_unavailable("cuda" if ON_GPU else "cpu") is not None,
@@ -95,8 +106,7 @@ def test_a_size_of_one_may_have_any_stride(tokens: int) -> None:
     assert k.is_contiguous()
     assert k.stride(0) % 8
     problem = explain(q, k, v, g, 64, output_final_state=True).problem
-    inputs = Inputs(q, k, v, g, None, None, None, None, 0.1, None, None)
-    launches, *_ = resident_launches(problem, inputs, ResidentConfig(4))
+    launches, *_ = resident_launches(problem, inputs_of(dict(q=q, k=k, v=v, g=g)), ResidentConfig(4))
     assert len(launches) == (1 if tokens <= 64 else 3)
 
 
@@ -107,9 +117,7 @@ def serve(args: Arguments, tiles: int | None = None) -> Output:
 
     problem: Problem = explain(**args, output_final_state=True, return_lse=True).problem
     assert why_not_resident(problem) is None
-    names = ("q", "k", "v", "g", "s", "rope", "q_window", "k_window", "scale", "cu_seqlens", "initial_state")
-    inputs = Inputs(*(args.get(name) for name in names))
-    inputs = replace(inputs, scale=inputs.scale or inputs.q.shape[-1] ** -0.5)
+    inputs = inputs_of(args)
     poison = [torch.full((1 << 22,), torch.nan, device="cuda") for _ in range(4)]
     del poison
     result = run(problem, inputs, None if tiles is None else ResidentConfig(tiles))

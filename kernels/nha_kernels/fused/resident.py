@@ -46,11 +46,10 @@ from .hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .primitives import Launch
-from .segment_ends import BM, LOG2E, absorb_weights, add, ends_launches, write_strength
+from .primitives import LOG2E, STRONGEST, Launch
+from .segment_ends import BM, absorb_weights, add, ends_launches, write_strength
 
 ANCHOR = gl.constexpr(96.0)
-STRONGEST = gl.constexpr(-9.0)
 TOKENS = gl.constexpr(16)  # of a tile, and of a block of the ring
 HEADS = gl.constexpr(4)  # query heads of a tile
 RING = gl.constexpr(8)  # R: WB + 2 at the least, and as many as G less one, or a wait could miss its turn
@@ -122,7 +121,7 @@ def decays(b_g, acc: gl.constexpr):
     """From a tile's gates [TOKENS, BM]: the factors of tokens s_j 2^(-c_j - A) and of rows 2^(c_j + A), and how the
     slots (times 2^-A) take the tile in: the weights of its tokens, and what they keep [BM]."""
     b_g = b_g.to(gl.float32)
-    b_strength = write_strength(b_g)
+    b_strength = write_strength(b_g, None)
     b_cut = gl.associative_scan(gl.maximum(b_g, STRONGEST) * LOG2E, 0, add)  # c
     b_factor = (b_strength * gl.exp2(-b_cut - ANCHOR)).to(gl.bfloat16)
     b_weight, _, b_keep = absorb_weights(b_g, b_strength, acc)
@@ -286,12 +285,10 @@ def output_partition(
         )  # [ROWS, TOKENS]
         b_slot = gl.zeros([ROWS, BM], gl.float32, slots)  # [ROWS, BM]
         b_slot = warpgroup_mma(b_q, s_slot_k.index(stage).permute((1, 0)), b_slot, use_acc=False, is_async=True)
-        b_logit = ()
+        b_logit = ()  # [ROWS, TOKENS] each
         for x in gl.static_range(1, WB + 1):
             s_key = s_k.index((i + x) % R).reshape([TOKENS, D]).permute((1, 0))
-            b_logit = b_logit + (
-                warpgroup_mma(b_q, s_key, b_zero, use_acc=False, is_async=True),
-            )  # [ROWS, TOKENS] each
+            b_logit = b_logit + (warpgroup_mma(b_q, s_key, b_zero, use_acc=False, is_async=True),)
         waited = warpgroup_mma_wait(WB, deps=(b_own, b_slot) + b_logit)
         b_own = waited[0]
         b_pair = gl.convert_layout(gl.where(m_upto, b_own, 0.0).to(bf16), left)  # [ROWS, TOKENS]
@@ -325,8 +322,8 @@ def output_partition(
         b_slot = gl.exp2(b_slot * to_log2 - b_max[:, None])
         b_sum = gl.sum(b_slot, 1)  # [ROWS]
         b_slot = gl.convert_layout((b_slot * b_decay).to(bf16), left)
+        # What the slots weigh of block i's tokens, [ROWS, TOKENS].
         b_new = warpgroup_mma(b_slot, s_factor.index(stage).permute((1, 0)), b_zero, use_acc=False, is_async=True)
-        # [ROWS, TOKENS]: what the slots weigh of block i's tokens
         b_top = gl.convert_layout(b_max, of_keys)
         b_own = gl.exp2(b_logit[0] * to_log2 - gl.where(first >= 0, b_top, inf)[:, None])
         b_most = b_own

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
+from . import primitives
 from .hopper import (
     barrier,
     descriptor,
@@ -23,10 +24,9 @@ from .hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .primitives import Launch, Layout
+from .primitives import LOG2E, Launch, Layout
 from .states import scan_launch
 
-LOG2E = gl.constexpr(1.4426950408889634)
 # exp() of it is 0 in fp32. It stands for all that is lower: sums with -inf would turn into NaN, and large ones, which
 # are subtracted here, lose what is small.
 ERASED = gl.constexpr(-110.0)
@@ -34,6 +34,9 @@ BM = gl.constexpr(64)
 STEP = gl.constexpr(64)  # tokens that the slots take in at once
 STAGES = gl.constexpr(3)  # steps whose keys and values are under way
 NO_PIECES = Layout(None, None, None, None)
+
+# The same arithmetic in Gluon's language.
+write_strength = gluon.jit(primitives.write_strength.fn)
 
 
 @gluon.jit
@@ -49,13 +52,6 @@ def load_gates(p_g, n, h, t, end, T, H, M: gl.constexpr, layout: gl.constexpr):
     row = (n.to(gl.int64) * T + j) * H + h
     m_gate = ((j >= 0) & (j < end))[:, None] & (m < M)[None, :]
     return gl.load(p_g + row[:, None] * M + m[None, :], mask=m_gate, other=0.0)
-
-
-@gluon.jit
-def write_strength(b_g):
-    """1 - exp(g) in fp32, as `primitives` has it for Triton's own kernels."""
-    b_series = 1.0 + b_g * (0.5 + b_g * (1 / 6 + b_g * (1 / 24 + b_g * (1 / 120 + b_g * (1 / 720)))))
-    return gl.where(b_g > -0.1, -b_g * b_series, 1.0 - gl.exp2(b_g * LOG2E))
 
 
 @gluon.jit
@@ -108,7 +104,7 @@ def ends_kernel(
     for x in range(blocks):
         b_g = b_next.to(gl.float32)
         b_next = load_gates(p_g, n, h, t0 + (x + 1) * STEP, end, T, H, M, gates)
-        b_weight, b_total, b_keep = absorb_weights(b_g, write_strength(b_g), acc)
+        b_weight, b_total, b_keep = absorb_weights(b_g, write_strength(b_g, None), acc)
         b_sum += b_total
         s_weight.store(b_weight.to(gl.bfloat16))
         fence_async_shared()
