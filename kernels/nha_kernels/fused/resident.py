@@ -60,7 +60,7 @@ class ResidentConfig:
     """How the resident kernel is launched.
 
     tiles: of 16 tokens, that a program walks: its segment, a multiple of 4. registers: of a thread of an output
-    partition; the state's get what is left.
+    partition; the state's get what is left, which for D = 64 need fewer.
     """
 
     tiles: int
@@ -95,7 +95,8 @@ class ResidentConfig:
             return -(-programs * segments // processors) * (length + 6) + ends
 
         whole = segment(0)
-        return cls(tiles=min((whole, *(segment(waves) for waves in range(1, 9))), key=cost))
+        tiles = min((whole, *(segment(waves) for waves in range(1, 9))), key=cost)
+        return cls(tiles, registers=168 if problem.head_dim == 64 else 152)
 
 
 def why_not_resident(problem: Problem) -> str | None:
