@@ -96,7 +96,7 @@ class ResidentConfig:
 
         whole = segment(0)
         tiles = min((whole, *(segment(waves) for waves in range(1, 9))), key=cost)
-        return cls(tiles, registers=168 if problem.head_dim == 64 else 152)
+        return cls(tiles, registers=184 if problem.head_dim == 64 else 152)
 
 
 def why_not_resident(problem: Problem) -> str | None:
