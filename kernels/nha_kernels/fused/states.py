@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from .primitives import (
+    EARLY,
     FORGET,
     LOG2E,
     Launch,
@@ -31,7 +32,9 @@ from .primitives import (
     find_piece,
     load_tokens,
     load_tokens_transposed,
+    start_next,
     sum_gates_transposed,
+    wait_for_previous,
     write_strength,
 )
 
@@ -182,12 +185,16 @@ def segment_kernel(
 @triton.jit(do_not_specialize=["segments"])
 def scan_kernel(
     layout, p_ends, p_totals, p_initial, p_final, segments,
-    H: tl.constexpr, M: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+    H: tl.constexpr, M: tl.constexpr, E: tl.constexpr, BE: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one kv head, one slot, BE columns: turn the segments' contributions into the slots before each.
 
     p_ends [segments, H, M, E] fp32, in place; p_initial, p_final [N, H, M, E] fp32 (either may be None).
+    IS_EARLY: launched so, as is the kernel behind it.
     """
+    if IS_EARLY:
+        start_next()
+        wait_for_previous()
     n = tl.program_id(0)
     h = tl.program_id(1)
     m = tl.program_id(2) // ((E + BE - 1) // BE)
@@ -254,14 +261,14 @@ def state_launches(
 
 def scan_launch(
     problem: Problem, layout: Layout, ends: Tensor, totals: Tensor, initial: Tensor | None, final: Tensor | None,
-    segments: int,
+    segments: int, early: bool = False,
 ) -> Launch:  # fmt: skip
     """The launch that turns ends [pieces, H, M, E] into the slots before each segment; arguments as `scan_kernel`'s."""
     heads, slots, width = problem.kv_heads, problem.slots, problem.head_dim + problem.value_dim
     columns = min(128, triton.next_power_of_2(width))
     arguments = dict(
         layout=layout, p_ends=ends, p_totals=totals, p_initial=initial, p_final=final, segments=segments, H=heads,
-        M=slots, E=width, BE=columns,
+        M=slots, E=width, BE=columns, IS_EARLY=early,
     )  # fmt: skip
     grid = (problem.sequences, heads, slots * -(-width // columns))
-    return Launch(scan_kernel, grid, arguments, {"num_warps": 1})
+    return Launch(scan_kernel, grid, arguments, {"num_warps": 1, **(EARLY if early else {})})
