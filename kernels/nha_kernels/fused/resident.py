@@ -185,11 +185,13 @@ def state_partition(
         d = gl.arange(0, D, layout=gl.SliceLayout(0, acc))
         p_row = p_before + ((segment.to(gl.int64) * H + h) * M + m)[:, None] * (2 * D) + d[None, :]
         m_row = (m < M)[:, None] & (d < D)[None, :]
-        b_k = gl.load(p_row, mask=m_row, other=0.0) * 2.0**-ANCHOR  # [BM, D]
-        b_v = gl.load(p_row + D, mask=m_row, other=0.0) * 2.0**-ANCHOR
+        b_k = gl.load(p_row, mask=m_row, other=0.0)  # [BM, D]
+        b_v = gl.load(p_row + D, mask=m_row, other=0.0)
 
     mbarrier.wait(g_full.index(0), 0)
     b_factor, b_decay, b_weight, b_keep = decays(s_g.index(0).reshape([TOKENS, BM]).load(gates), acc)
+    b_k = b_k * 2.0**-ANCHOR  # only now, so that the loads are under way meanwhile
+    b_v = b_v * 2.0**-ANCHOR
     for i in range(tiles):
         if i >= 2:  # whoever used this stage last is done with it
             mbarrier.wait(done.index((i - 2) % R), ((i - 2) // R) & 1)
