@@ -124,8 +124,8 @@ def empty_inputs(problem: Problem, device: str = "meta") -> Inputs:
     )  # fmt: skip
 
 
-def report(problem: str, launch: Launch, capability: int) -> Any:
-    """Compile a launch and print a line of JSON."""
+def report(problem: str, launch: Launch, capability: int, listing: bool = False) -> Any:
+    """Compile a launch and print a line of JSON; with the assembly and what ptxas says, if asked for."""
     log = io.StringIO()
     with contextlib.redirect_stdout(log):
         compiled = compile_launch(launch, capability)
@@ -134,8 +134,10 @@ def report(problem: str, launch: Launch, capability: int) -> Any:
         "problem": problem, "kernel": launch.kernel.__name__, "shared": compiled.metadata.shared,
         "target": target and target[1], "cubin": len(compiled.asm["cubin"]),
         "transposed_left": len(re.findall(r"\btt\.trans\b.*opIdx = 0", compiled.asm["ttgir"])),
+        "early": bool(launch.options.get("launch_pdl", False)),
+        "between_launches": re.findall(r"\bgriddepcontrol\.(\w+)", compiled.asm["ptx"]),
     }  # fmt: skip
-    if isinstance(launch.kernel, GluonJITFunction):
+    if listing:
         spills = re.findall(r"(\d+) bytes spill stores", log.getvalue())
         row |= {
             "spilled": sum(map(int, spills)) if spills else None,  # None: the log is not what it was
@@ -177,7 +179,7 @@ def compile_resident(name: str) -> None:
     # A descriptor asks for an address, so these inputs have one.
     launches, _ = describe(problem, empty_inputs(problem, "cpu"), choose(problem, processors=132))
     for launch in launches:
-        report(name, launch, 90)
+        report(name, launch, 90, listing=True)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,21 @@
-"""Does anything touch the registers of a wgmma that is still under way? Read from Hopper's assembly, `cuobjdump -sass`.
+"""What a kernel's results hang on, read from Hopper's assembly, `cuobjdump -sass`.
+
+`hazards`: does anything touch the registers of a wgmma that is still under way?
 
 A wgmma runs beside the instructions that follow it. Until it is waited for it reads its left operand, where that lies
 in registers, and writes its accumulator. The compiler must keep these registers free for so long, but versions of ptxas
 are known that give them away (triton-lang/triton#11781, triton-lang/triton#11854): the kernel then computes something
 else, without a warning, and perhaps not on every run.
+
+`early_reads`: does a thread read global memory before it waited for the kernel before (griddepcontrol.wait, ACQBULK)?
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)\s*([^;]*);")
 PRODUCT = re.compile(r"HGMMA\.64x(\d+)x16\.F32\b")
@@ -21,6 +26,7 @@ DESTINATION = re.compile(r"(?:U?P[T\d]\s*,\s*)*R(\d+)")
 # These only read what stands in the destination's place.
 READERS = re.compile(r"[A-Z]*SETP2?|FCHK|R2P|BAR|BRX|CALL|RET|WARPSYNC|NANOSLEEP")
 DOUBLES = ("DADD", "DFMA", "DMUL", "DSETP")
+LOAD = re.compile(r"LDG|LDGSTS|LD|ATOMG?|RED")  # of global memory
 # wgmmas under way at once. No kernel comes near; one that never waits must not be followed for ever.
 MOST = 256
 
@@ -41,6 +47,7 @@ class Instruction:
     address that it may branch to. continues: may the next instruction follow?"""
 
     address: int
+    name: str
     text: str
     written: frozenset[int]
     touched: frozenset[int]
@@ -51,36 +58,53 @@ class Instruction:
 
 
 Group = tuple[Product, ...]
+State = TypeVar("State", bound=Hashable)
 
 
 def hazards(sass: str) -> list[str]:
     """A sentence for each instruction that touches registers of a wgmma under way, on any path through the code."""
+    found: dict[str, None] = {}
+    nothing: tuple[Group, ...] = ((),)  # the last group is still open
+    for instruction, groups in _walk(sass, nothing, _after):
+        for product in (product for group in groups for product in group):
+            if what := _touch(instruction, product):
+                found[f"{instruction.text} {what} of {product.text}"] = None
+    return list(found)
+
+
+def early_reads(sass: str) -> list[str]:
+    """Every load from global memory that some path leads to without a wait for the kernel before."""
+    paths = _walk(sass, False, lambda instruction, waited: waited or instruction.name == "ACQBULK")
+    found = (instruction.text for instruction, waited in paths if not waited and LOAD.fullmatch(instruction.name))
+    return list(dict.fromkeys(found))
+
+
+def _walk(
+    sass: str, initial: State, after: Callable[[Instruction, State], State]
+) -> Iterator[tuple[Instruction, State]]:
+    """Each instruction, with each state in which a path leads to it; `after` gives the state behind an instruction."""
     code = list(_instructions(sass))
     places = {instruction.address: i for i, instruction in enumerate(code)}
-    found: dict[str, None] = {}
-    seen: set[tuple[int, tuple[Group, ...]]] = set()
+    seen: set[tuple[int, State]] = set()
     reached: set[int] = set()
     for start in range(len(code)):
         if start in reached:
             continue
-        # Code that only an indirect branch leads to is entered with nothing under way. The last group is still open.
-        paths: list[tuple[int, tuple[Group, ...]]] = [(start, ((),))]
+        # Code that only an indirect branch leads to is entered in the initial state.
+        paths = [(start, initial)]
         while paths:
-            i, groups = paths.pop()
-            if i == len(code) or (i, groups) in seen:
+            i, state = paths.pop()
+            if i == len(code) or (i, state) in seen:
                 continue
-            seen.add((i, groups))
+            seen.add((i, state))
             reached.add(i)
             instruction = code[i]
-            for product in (product for group in groups for product in group):
-                if what := _touch(instruction, product):
-                    found[f"{instruction.text} {what} of {product.text}"] = None
-            groups = _after(instruction, groups)
+            yield instruction, state
+            state = after(instruction, state)
             if instruction.target is not None:
-                paths.append((places[instruction.target], groups))
+                paths.append((places[instruction.target], state))
             if instruction.continues:
-                paths.append((i + 1, groups))
-    return list(found)
+                paths.append((i + 1, state))
 
 
 def _touch(instruction: Instruction, product: Product) -> str | None:
@@ -130,7 +154,7 @@ def _instructions(sass: str) -> Iterator[Instruction]:
         wait = TARGET.search(arguments) if operation.startswith("WARPGROUP.DEPBAR") else None
         always = predicate is None and (target is None or target.start() == 0)
         yield Instruction(
-            address=int(address, 16), text=text, written=written, touched=touched, product=product,
+            address=int(address, 16), name=name, text=text, written=written, touched=touched, product=product,
             wait=wait and int(wait[1], 16), target=target and int(target[1], 16),
             continues=not (always and name in ("BRA", "JMP", "BRX", "EXIT", "RET")),
         )  # fmt: skip

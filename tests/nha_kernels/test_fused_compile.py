@@ -18,7 +18,7 @@ from nha_kernels.fused.forward import ForwardConfig, describe, launchable_proble
 from nha_kernels.problem import Problem
 
 from .compiling import empty_inputs, name, resident_problems
-from .sass import hazards
+from .sass import early_reads, hazards
 
 # Shared memory that a block may have: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -54,17 +54,26 @@ def test_every_variant_compiles(dtype: str, capability: int) -> None:
         # A left operand that is transposed in registers, not on its way through shared memory, is computed wrongly by
         # some versions of Triton on Hopper (triton-lang/triton#6124).
         assert row["transposed_left"] == 0, row
+        assert not row["early"]
+        assert row["between_launches"] == []  # which sm_80 does not know
 
 
 @pytest.mark.parametrize("name", resident_problems())
 def test_every_resident_variant_compiles(name: str) -> None:
     """The kernels for Hopper alone; what their speed and their results hang on is read from the compiler's output."""
     rows = compiled("resident", name)
-    assert {row["kernel"] for row in rows} == {"ends_kernel", "scan_kernel", "resident_kernel"}
+    assert [(row["kernel"], row["between_launches"]) for row in rows] == [
+        ("ends_kernel", ["launch_dependents"]),
+        ("scan_kernel", ["launch_dependents", "wait"]),
+        ("resident_kernel", ["wait"]),
+    ]
     for row in rows:
-        sass = row.pop("sass", None)
+        sass = row.pop("sass")
         assert row["target"] == "sm_90"
         assert row["shared"] <= SHARED_MEMORY[90], row
+        # Inputs come by the copy engine: whatever threads read here was written by the launches before.
+        assert row["early"] == (row["kernel"] != "ends_kernel")
+        assert bool(early_reads(sass)) != row["early"]
         if row["kernel"] == "scan_kernel":
             continue
         if FAST:

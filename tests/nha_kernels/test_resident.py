@@ -110,6 +110,20 @@ def test_a_size_of_one_may_have_any_stride(tokens: int) -> None:
     assert len(launches) == (1 if tokens <= 64 else 3)
 
 
+@pytest.mark.parametrize("final", [False, True])
+@pytest.mark.parametrize("tokens", [64, 65, 1000])
+def test_a_call_starts_behind_what_came_before_it(tokens: int, final: bool) -> None:
+    """Its first launch waits for all that came before, and so do those that follow it, through it."""
+    from nha_kernels.fused.resident import ResidentConfig, resident_launches
+
+    q, k, v, g = (torch.zeros(2, tokens, 1, size, dtype=torch.bfloat16) for size in (128, 128, 128, 64))
+    problem = explain(q, k, v, g, 16, output_final_state=final).problem
+    launches, *_ = resident_launches(problem, inputs_of(dict(q=q, k=k, v=v, g=g)), ResidentConfig(4))
+    assert len(launches) == (1 if tokens <= 64 and not final else 3)
+    assert [launch.options.get("launch_pdl", False) for launch in launches] == [i > 0 for i in range(len(launches))]
+    assert (launches[-1].arguments["p_before"] is not None) == (len(launches) > 1)  # only then does it wait
+
+
 def serve(args: Arguments, tiles: int | None = None) -> Output:
     """The call by this kernel, in segments of `tiles`, into memory that held NaN."""
     from nha_kernels.fused.forward import run
@@ -238,6 +252,25 @@ def test_a_captured_call_takes_new_inputs() -> None:
         args[name].copy_(other[name])
     graph.replay()
     assert error(o, expected) == 0
+
+
+@hopper
+def test_calls_that_follow_one_another() -> None:
+    """A call's launches overlap; none may read what is still to be written, or write what is still to be read."""
+    cases = [make(replace(WIDE, batch=1, tokens=700, seed=seed), torch.bfloat16) for seed in range(4)]
+    expected = [serve(args).o for args in cases]
+    large = torch.empty(1 << 27, device="cuda")
+    args = {**cases[0], **{name: cases[0][name].clone() for name in ("q", "k", "v", "g")}}
+    results = []
+    for i in range(200):
+        large.fill_(i)  # the host gets ahead of the device
+        for name in ("q", "k", "v", "g"):
+            args[name].copy_(cases[i % 4][name])
+        o, _ = native_hybrid_attention(**args, backend="triton")
+        results.append(o.clone())
+        o.fill_(torch.nan)
+    for i, o in enumerate(results):
+        assert torch.equal(o, expected[i % 4])
 
 
 @hopper

@@ -1,10 +1,10 @@
-"""The check of wgmma's registers finds what it is there for."""
+"""The checks of the assembly find what they are there for."""
 
 from __future__ import annotations
 
 import pytest
 
-from .sass import hazards
+from .sass import early_reads, hazards
 
 # Two groups: R24 .. R31 = R4 .. R7 times shared memory, and R32 .. R39 = R8 .. R11 times shared memory.
 PRODUCTS = (
@@ -81,6 +81,16 @@ def test_branches_are_followed() -> None:
     assert len(hazards(listing("MOV R8, R12", *PRODUCTS, WAIT_FOR_ONE, "@P0 BRA 0x0", WAIT))) == 1
     assert hazards(listing("MOV R4, R12", *PRODUCTS, WAIT_FOR_ONE, "@P0 BRA 0x0", WAIT)) == []
     assert len(hazards(listing("BRX R2 -0x10", *PRODUCTS, "MOV R4, R12", WAIT))) == 1  # who knows how it got there
+
+
+def test_reads_come_behind_the_wait_on_every_path() -> None:
+    load = "LDG.E.64 R8, desc[UR4][R2.64]"
+    assert early_reads(listing("PREEXIT", "ACQBULK", load, "UTMALDG.4D [UR8], [UR4]")) == []
+    assert len(early_reads(listing("PREEXIT", load, "ACQBULK"))) == 1
+    assert len(early_reads(listing("LDGSTS.E.BYPASS.128 [R12], desc[UR6][R6.64], P1", "ACQBULK"))) == 1
+    assert len(early_reads(listing("@P0 BRA 0x20", "ACQBULK", load))) == 1  # round the wait
+    assert early_reads(listing("BRA 0x30", load, "EXIT", "ACQBULK", "BRA 0x10")) == []
+    assert len(early_reads(listing("BRX R2 -0x10", "ACQBULK", "EXIT", load))) == 1  # who knows how it got there
 
 
 def test_what_it_cannot_read_it_refuses() -> None:

@@ -16,6 +16,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from ..problem import Inputs, Problem
 
@@ -26,6 +27,15 @@ ANCHOR = tl.constexpr(104.0)
 STRONGEST = tl.constexpr(-9.0)
 # Below this exp() is 0 in fp32. It stands for -inf, which a sum with 0 * -inf would turn into NaN.
 FORGET = tl.constexpr(-1.0e4)
+
+# Programmatic dependent launch, from Hopper on: a kernel launched EARLY may start once every program of the kernel
+# before it has called `start_next`, or has ended. What was written since the last launch that was not EARLY may be
+# touched only behind `wait_for_previous`, which waits until the kernel before has ended and its writes are visible; all
+# programs call it, or the kernel could end before those ahead of it, for which nobody behind it would then wait. A
+# call's first launch is never EARLY: so whatever came before the call is over, and its inputs are there without a wait.
+EARLY = {"launch_pdl": True}
+start_next = gdc_launch_dependents
+wait_for_previous = gdc_wait
 
 
 class Tokens(NamedTuple):

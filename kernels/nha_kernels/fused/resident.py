@@ -46,7 +46,7 @@ from .hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .primitives import LOG2E, STRONGEST, Launch
+from .primitives import EARLY, LOG2E, STRONGEST, Launch, wait_for_previous
 from .segment_ends import BM, absorb_weights, add, ends_launches, write_strength
 
 ANCHOR = gl.constexpr(96.0)
@@ -180,15 +180,18 @@ def state_partition(
         b_k = gl.zeros([BM, D], gl.float32, acc)
         b_v = gl.zeros([BM, D], gl.float32, acc)
     else:
+        wait_for_previous()
         m = gl.arange(0, BM, layout=gl.SliceLayout(1, acc))
         d = gl.arange(0, D, layout=gl.SliceLayout(0, acc))
         p_row = p_before + ((segment.to(gl.int64) * H + h) * M + m)[:, None] * (2 * D) + d[None, :]
         m_row = (m < M)[:, None] & (d < D)[None, :]
-        b_k = gl.load(p_row, mask=m_row, other=0.0) * 2.0**-ANCHOR  # [BM, D]
-        b_v = gl.load(p_row + D, mask=m_row, other=0.0) * 2.0**-ANCHOR
+        b_k = gl.load(p_row, mask=m_row, other=0.0)  # [BM, D]
+        b_v = gl.load(p_row + D, mask=m_row, other=0.0)
 
     mbarrier.wait(g_full.index(0), 0)
     b_factor, b_decay, b_weight, b_keep = decays(s_g.index(0).reshape([TOKENS, BM]).load(gates), acc)
+    b_k = b_k * 2.0**-ANCHOR  # only now, so that the loads are under way meanwhile
+    b_v = b_v * 2.0**-ANCHOR
     for i in range(tiles):
         if i >= 2:  # whoever used this stage last is done with it
             mbarrier.wait(done.index((i - 2) % R), ((i - 2) // R) & 1)
@@ -463,5 +466,6 @@ def resident_launches(
         G=8 if g.element_size() == 2 else 5,  # what shared memory has room for
         MASK_EMPTY=problem.mask_empty_slots, REGISTERS=config.registers,
     )  # fmt: skip
-    launches.append(Launch(resident_kernel, (batch * segments * heads,), arguments, {"num_warps": 4}))
+    options = {"num_warps": 4, **(EARLY if launches else {})}
+    launches.append(Launch(resident_kernel, (batch * segments * heads,), arguments, options))
     return launches, o, lse, final

@@ -24,7 +24,7 @@ from .hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .primitives import LOG2E, Launch, Layout
+from .primitives import LOG2E, Launch, Layout, start_next
 from .states import scan_launch
 
 # exp() of it is 0 in fp32. It stands for all that is lower: sums with -inf would turn into NaN, and large ones, which
@@ -79,6 +79,8 @@ def ends_kernel(
     # Two warpgroups: they share the gates' arithmetic, which takes longer than the products.
     acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, D // 2, 16])
     gates: gl.constexpr = gl.BlockedLayout([STEP // 4, 1], [4, 8], [1, 8], [1, 0])  # [STEP, BM]
+    # At once: no program of the next kernel takes room from this one's, which have all started by then.
+    start_next()
     h = gl.program_id(0) % H
     n = gl.program_id(0) // H // programs
     index = gl.program_id(0) // H % programs
@@ -138,7 +140,8 @@ def ends_launches(
     problem: Problem, k: Tensor, v: Tensor, g: Tensor, length: int, final: Tensor | None
 ) -> tuple[list[Launch], Tensor | None]:
     """The launches in order, and what they fill: the slots before each segment of `length` tokens, a multiple of STEP,
-    [B * segments, H, M, 2 D] fp32; None where there is one segment, which begins with none.
+    [B * segments, H, M, 2 D] fp32; None where there is one segment, which begins with none. The launch that follows
+    them may be EARLY.
 
     The segments are those of the rows: a token enters the slots `delay` tokens after its own. final [B, H, M, 2 D]
     fp32, zeros, or None: filled with the slots after the last token that enters.
@@ -159,5 +162,5 @@ def ends_launches(
     )  # fmt: skip
     return [
         Launch(ends_kernel, (batch * programs * heads,), arguments, {"num_warps": 8}),
-        scan_launch(problem, NO_PIECES, before, totals, None, final, segments),
+        scan_launch(problem, NO_PIECES, before, totals, None, final, segments, early=True),
     ], before

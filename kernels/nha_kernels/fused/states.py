@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..problem import Problem
 from .primitives import (
+    EARLY,
     FORGET,
     LOG2E,
     Launch,
@@ -31,7 +32,9 @@ from .primitives import (
     find_piece,
     load_tokens,
     load_tokens_transposed,
+    start_next,
     sum_gates_transposed,
+    wait_for_previous,
     write_strength,
 )
 
@@ -182,37 +185,43 @@ def segment_kernel(
 @triton.jit(do_not_specialize=["segments"])
 def scan_kernel(
     layout, p_ends, p_totals, p_initial, p_final, segments,
-    H: tl.constexpr, M: tl.constexpr, E: tl.constexpr, BE: tl.constexpr,
+    H: tl.constexpr, M: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, IS_EARLY: tl.constexpr,
 ):  # fmt: skip
-    """One sequence, one kv head, one slot, BE columns: turn the segments' contributions into the slots before each.
+    """One sequence, one kv head, BM slots, BE columns: turn the segments' contributions into the slots before each.
 
     p_ends [segments, H, M, E] fp32, in place; p_initial, p_final [N, H, M, E] fp32 (either may be None).
+    IS_EARLY: launched so, as is the kernel behind it.
     """
+    if IS_EARLY:
+        start_next()
+        wait_for_previous()
     n = tl.program_id(0)
     h = tl.program_id(1)
-    m = tl.program_id(2) // ((E + BE - 1) // BE)
+    m = tl.program_id(2) // ((E + BE - 1) // BE) * BM + tl.arange(0, BM)
     e = tl.program_id(2) % ((E + BE - 1) // BE) * BE + tl.arange(0, BE)
-    m_e = e < E
+    m_slot = m < M
+    m_state = m_slot[:, None] & (e < E)[None, :]
     if layout.cu_seqlens is None:
         first = n * segments
         count = segments
     else:
         first = tl.load(layout.first + n)
         count = tl.load(layout.first + n + 1) - first
-    own = ((n.to(tl.int64) * H + h) * M + m) * E + e
+    own = ((n.to(tl.int64) * H + h) * M + m)[:, None] * E + e[None, :]
     if p_initial is None:
-        b_state = tl.zeros([BE], tl.float32)
+        b_state = tl.zeros([BM, BE], tl.float32)
     else:
-        b_state = tl.load(p_initial + own, mask=m_e, other=0.0)
+        b_state = tl.load(p_initial + own, mask=m_state, other=0.0)
     row = (first.to(tl.int64) * H + h) * M + m
     for _ in tl.range(0, count, num_stages=4):
-        b_end = tl.load(p_ends + row * E + e, mask=m_e, other=0.0)
-        b_decay = tl.exp2(tl.load(p_totals + row))
-        tl.store(p_ends + row * E + e, b_state, mask=m_e)
-        b_state = b_state * b_decay + b_end
+        p_end = p_ends + row[:, None] * E + e[None, :]  # [BM, BE]
+        b_end = tl.load(p_end, mask=m_state, other=0.0)
+        b_decay = tl.exp2(tl.load(p_totals + row, mask=m_slot, other=0.0))  # [BM]
+        tl.store(p_end, b_state, mask=m_state)
+        b_state = b_state * b_decay[:, None] + b_end
         row += H * M
     if p_final is not None:
-        tl.store(p_final + own, b_state, mask=m_e)
+        tl.store(p_final + own, b_state, mask=m_state)
 
 
 def state_launches(
@@ -254,14 +263,16 @@ def state_launches(
 
 def scan_launch(
     problem: Problem, layout: Layout, ends: Tensor, totals: Tensor, initial: Tensor | None, final: Tensor | None,
-    segments: int,
+    segments: int, early: bool = False,
 ) -> Launch:  # fmt: skip
     """The launch that turns ends [pieces, H, M, E] into the slots before each segment; arguments as `scan_kernel`'s."""
     heads, slots, width = problem.kv_heads, problem.slots, problem.head_dim + problem.value_dim
     columns = min(128, triton.next_power_of_2(width))
+    # Early programs, while they wait, keep away those of the next kernel, which need a whole processor: so few of them.
+    rows, warps = (16, 8) if early else (1, 1)
     arguments = dict(
         layout=layout, p_ends=ends, p_totals=totals, p_initial=initial, p_final=final, segments=segments, H=heads,
-        M=slots, E=width, BE=columns,
+        M=slots, E=width, BM=rows, BE=columns, IS_EARLY=early,
     )  # fmt: skip
-    grid = (problem.sequences, heads, slots * -(-width // columns))
-    return Launch(scan_kernel, grid, arguments, {"num_warps": 1})
+    grid = (problem.sequences, heads, -(-slots // rows) * -(-width // columns))
+    return Launch(scan_kernel, grid, arguments, {"num_warps": warps, **(EARLY if early else {})})
