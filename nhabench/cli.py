@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nhabench.bench import Options, all_contenders, run
-from nhabench.environment import device_slug
+from nhabench.environment import device_slug, git_state
 from nhabench.plots import draw_all
 from nhabench.results import load_rows
 from nhabench.workloads import DTYPES, SEQ_LENS, Workload, cases, load_workloads, select
@@ -126,6 +126,10 @@ def bench(
     for length in seq_len or []:
         _at_least(1, seq_len=length)
     where = _device(device)
+    try:
+        git_state()  # before hours are spent on rows that would name no commit
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
     try:
         contenders = all_contenders(only or [])
     except ValueError as error:

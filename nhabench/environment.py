@@ -76,11 +76,14 @@ def git_state() -> tuple[str, bool | None]:
     """(commit, whether the work tree differs from it). What a bench itself writes, results/, does not count.
 
     What NHABENCH_GIT_SHA says, a commit or "<commit>+dirty", comes before what git does: it is set for a copy whose git
-    knows nothing, or another commit.
+    knows nothing, or another commit. Raises ValueError where it says anything else.
     """
-    told = re.fullmatch(r"([0-9a-f]{7,64})(\+dirty)?", os.environ.get(GIT_SHA_VARIABLE, "").strip())
+    told = os.environ.get(GIT_SHA_VARIABLE, "").strip()
     if told:
-        return told.group(1), told.group(2) is not None
+        named = re.fullmatch(r"([0-9a-f]{7,64})(\+dirty)?", told)
+        if named is None:
+            raise ValueError(f"{GIT_SHA_VARIABLE}: expected a commit's sha, or a sha and '+dirty', got {told!r}")
+        return named.group(1), named.group(2) is not None
     sha = _git("rev-parse", "HEAD")
     if sha is None:
         return "", None

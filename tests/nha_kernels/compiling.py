@@ -83,9 +83,10 @@ def name(problem: Problem) -> str:
 
 def resident_problems() -> dict[str, Problem]:
     """By name, a problem for each variant of the kernels for Hopper that keep the slots on the chip: everything
-    optional switched on, but for the plain one, as most calls are."""
+    optional switched on, but for the plain ones, as most calls are."""
     sizes = [(*size, 64) for size in product((64, 128), (4, 8), (torch.bfloat16, torch.float32))]
     sizes += [(128, 4, torch.bfloat16, window) for window in (16, 32, 48)]
+    sizes += [(256, 1, torch.bfloat16, 64), *((256, 1, gates, 32) for gates in (torch.bfloat16, torch.float32))]
     problems = {}
     for head_dim, group, gate_dtype, window in sizes:
         gates = str(gate_dtype).removeprefix("torch.")
@@ -94,8 +95,9 @@ def resident_problems() -> dict[str, Problem]:
             slots=64, window=window, delay=window, dtype=torch.bfloat16, gate_dtype=gate_dtype, device="cuda",
             capability=(9, 0), mask_empty_slots=True, output_final_state=True, return_lse=True,
         )  # fmt: skip
-    usual = problems["D128-NG4-W64-bfloat16"]
-    problems["plain"] = replace(usual, mask_empty_slots=False, output_final_state=False, return_lse=False)
+    for usual in ("D128-NG4-W64-bfloat16", "D256-NG1-W32-bfloat16"):
+        plain = replace(problems[usual], mask_empty_slots=False, output_final_state=False, return_lse=False)
+        problems[f"{usual}-plain"] = plain
     return problems
 
 

@@ -22,9 +22,9 @@ from .sass import early_reads, hazards
 
 # Shared memory that a block may have: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Bytes that the code of both output partitions together may move from registers to memory: ten registers each, of which
-# some two are moved in every tile.
-SPILLED = 80
+# Bytes that a kernel's code may move from registers to memory. Usual heads: ten registers in each output partition, of
+# which some two are moved in every tile. Large heads: its accumulators alone are more than half of what a thread has.
+SPILLED = {"ends_kernel": 0, "resident_kernel": 80, "large_kernel": 900}
 # From 3.9 on Triton calls ptxas 13 for sm_90, for which these kernels need too many registers: right all the same, but
 # slow.
 FAST = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -65,7 +65,7 @@ def test_every_resident_variant_compiles(name: str) -> None:
     assert [(row["kernel"], row["between_launches"]) for row in rows] == [
         ("ends_kernel", ["launch_dependents"]),
         ("scan_kernel", ["launch_dependents", "wait"]),
-        ("resident_kernel", ["wait"]),
+        ("large_kernel" if name.startswith("D256") else "resident_kernel", ["wait"]),
     ]
     for row in rows:
         sass = row.pop("sass")
@@ -78,7 +78,7 @@ def test_every_resident_variant_compiles(name: str) -> None:
             continue
         if FAST:
             assert row["serialised"] == []  # wgmmas that ptxas made wait for one another
-            assert row["spilled"] <= SPILLED, row
+            assert row["spilled"] <= SPILLED[row["kernel"]], row
         assert "HGMMA" in sass
         assert hazards(sass) == []
 

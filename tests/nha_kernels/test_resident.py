@@ -1,4 +1,4 @@
-"""The kernel with the slots on the chip: what it takes, how it is launched, and on a Hopper GPU that it is right."""
+"""The kernels with the slots on the chip: what they take, how they are launched, and on Hopper that they are right."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ SERVED = dict(
 OTHERS: dict[str, dict[str, Any]] = {
     "another GPU": {"capability": (8, 0)},
     "fp16": {"dtype": torch.float16},
-    "a large head": {"head_dim": 256, "value_dim": 256},
+    "a large head, with a group": {"head_dim": 256, "value_dim": 256},
     "values of another size": {"value_dim": 64},
     "many slots": {"slots": 128},
     "gates that are not aligned": {"slots": 20},
@@ -58,29 +58,50 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-def test_it_is_chosen_where_it_serves() -> None:
+# The same of the kernel for large heads.
+LARGE = {**SERVED, "head_dim": 256, "value_dim": 256, "q_heads": 4, "kv_heads": 4, "window": 32, "delay": 32}
+OTHERS_LARGE: dict[str, dict[str, Any]] = {
+    "larger heads": {"head_dim": 512, "value_dim": 512},
+    "a group": {"q_heads": 8},
+    "no window": {"window": 0, "delay": 0},
+    "a wide window": {"window": 65, "delay": 65},
+    "a window too wide for fp32 gates": {"window": 33, "delay": 33, "gate_dtype": torch.float32},
+    **{
+        name: OTHERS[name]
+        for name in ("another GPU", "fp16", "values of another size", "many slots", "packed sequences")
+    },
+}
+
+
+def test_they_are_chosen_where_they_serve() -> None:
     from nha_kernels.fused.forward import ForwardConfig, choose
     from nha_kernels.fused.resident import ResidentConfig, why_not_resident
+    from nha_kernels.fused.resident_large import why_not_large
 
-    assert isinstance(choose(describe(**SERVED), 132), ResidentConfig)
-    for name, sizes in OTHERS.items():
-        problem = describe(**{**SERVED, **sizes})
-        assert why_not_resident(problem), name
-        assert isinstance(choose(problem, 132), ForwardConfig), name
+    for served, others, why_not in ((SERVED, OTHERS, why_not_resident), (LARGE, OTHERS_LARGE, why_not_large)):
+        assert why_not(describe(**served)) is None
+        assert isinstance(choose(describe(**served), 132), ResidentConfig)
+        for name, sizes in others.items():
+            problem = describe(**{**served, **sizes})
+            assert why_not(problem), name
+            assert isinstance(choose(problem, 132), ForwardConfig), name
+    widest = describe(**{**LARGE, "window": 64, "delay": 64})
+    assert why_not_large(widest) is None
 
 
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("batch", [1, 2, 32, 300])
 @pytest.mark.parametrize("tokens", [1, 512, 16384, 131072])
-def test_segments_leave_few_processors_idle(batch: int, tokens: int) -> None:
+def test_segments_leave_few_processors_idle(batch: int, tokens: int, large: bool) -> None:
     from nha_kernels.fused.resident import ResidentConfig
 
-    problem = describe(**{**SERVED, "batch": batch, "sequences": batch, "tokens": tokens})
+    problem = describe(**{**(LARGE if large else SERVED), "batch": batch, "sequences": batch, "tokens": tokens})
     tiles = ResidentConfig.default(problem, 132).tiles
     assert tiles % 4 == 0
     segments = -(-tokens // (16 * tiles))
-    programs = batch * problem.kv_heads * segments
-    waves = -(-programs // 132)
-    work = batch * problem.kv_heads * -(-tokens // 16)
+    walks = batch * problem.kv_heads * (2 if large else 1)  # of a whole sequence
+    waves = -(-walks * segments // 132)
+    work = walks * -(-tokens // 16)
     # Up to a wave that is not full, and what is too short to be cut.
     assert waves * tiles <= 1.25 * work / 132 + 2 * tiles or tiles == 4
 
@@ -110,15 +131,17 @@ def test_a_size_of_one_may_have_any_stride(tokens: int) -> None:
     assert len(launches) == (1 if tokens <= 64 else 3)
 
 
+@pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("final", [False, True])
 @pytest.mark.parametrize("tokens", [64, 65, 1000])
-def test_a_call_starts_behind_what_came_before_it(tokens: int, final: bool) -> None:
+def test_a_call_starts_behind_what_came_before_it(tokens: int, final: bool, head_dim: int) -> None:
     """Its first launch waits for all that came before, and so do those that follow it, through it."""
-    from nha_kernels.fused.resident import ResidentConfig, resident_launches
+    from nha_kernels.fused import forward
+    from nha_kernels.fused.resident import ResidentConfig
 
-    q, k, v, g = (torch.zeros(2, tokens, 1, size, dtype=torch.bfloat16) for size in (128, 128, 128, 64))
+    q, k, v, g = (torch.zeros(2, tokens, 1, size, dtype=torch.bfloat16) for size in (*[head_dim] * 3, 64))
     problem = explain(q, k, v, g, 16, output_final_state=final).problem
-    launches, *_ = resident_launches(problem, inputs_of(dict(q=q, k=k, v=v, g=g)), ResidentConfig(4))
+    launches, _ = forward.describe(problem, inputs_of(dict(q=q, k=k, v=v, g=g)), ResidentConfig(4))
     assert len(launches) == (1 if tokens <= 64 and not final else 3)
     assert [launch.options.get("launch_pdl", False) for launch in launches] == [i > 0 for i in range(len(launches))]
     assert (launches[-1].arguments["p_before"] is not None) == (len(launches) > 1)  # only then does it wait
@@ -128,9 +151,10 @@ def serve(args: Arguments, tiles: int | None = None) -> Output:
     """The call by this kernel, in segments of `tiles`, into memory that held NaN."""
     from nha_kernels.fused.forward import run
     from nha_kernels.fused.resident import ResidentConfig, why_not_resident
+    from nha_kernels.fused.resident_large import why_not_large
 
     problem: Problem = explain(**args, output_final_state=True, return_lse=True).problem
-    assert why_not_resident(problem) is None
+    assert why_not_resident(problem) is None or why_not_large(problem) is None
     inputs = inputs_of(args)
     poison = [torch.full((1 << 22,), torch.nan, device="cuda") for _ in range(4)]
     del poison
@@ -140,6 +164,7 @@ def serve(args: Arguments, tiles: int | None = None) -> Output:
 
 
 WIDE = Case(tokens=413, batch=2, window=64, kv_heads=2, group=4, head_dim=128, slots=64, gates_like_q=True)
+LARGE_HEADS = replace(WIDE, window=32, kv_heads=3, group=1, head_dim=256)
 CASES: dict[str, Case] = {
     "one sequence": replace(WIDE, batch=1, tokens=1500),
     "a batch": WIDE,
@@ -157,6 +182,15 @@ CASES: dict[str, Case] = {
     "small heads": replace(WIDE, head_dim=64, window=32, slots=16),
     "a window of 16, few slots": replace(WIDE, window=16, slots=40, mask=True),
     "a window of 48": replace(WIDE, window=48, group=3, scale=0.2),
+    "large heads": replace(LARGE_HEADS, batch=1, tokens=1500),
+    "large heads, a batch, fp32 gates": replace(LARGE_HEADS, gates_like_q=False),
+    "large heads, a window of 64": replace(LARGE_HEADS, window=64),
+    "large heads, a window of 1": replace(LARGE_HEADS, window=1, mask=True),
+    "large heads, few slots": replace(LARGE_HEADS, window=21, slots=40, mask=True, scale=0.2),
+    "large heads, shorter than the window": replace(LARGE_HEADS, tokens=20),
+    "large heads, strong gates": replace(LARGE_HEADS, gates="strong"),
+    "large heads, gates of 0 and -inf": replace(LARGE_HEADS, gates="mixed"),
+    "large heads, spikes": replace(LARGE_HEADS, gates="spikes", gates_like_q=False),
 }
 
 
@@ -169,11 +203,12 @@ def test_it_is_as_exact_as_bf16_allows(name: str, tiles: int | None) -> None:
 
 
 @hopper
+@pytest.mark.parametrize("case", [WIDE, LARGE_HEADS], ids=["usual", "large"])
 @pytest.mark.parametrize("tokens", [40, 413])
-def test_rows_whose_logits_are_all_far_below_0(tokens: int) -> None:
+def test_rows_whose_logits_are_all_far_below_0(tokens: int, case: Case) -> None:
     """With `mask_empty_slots` nothing but the window stands against what comes before a sequence."""
-    args = make(replace(WIDE, tokens=tokens, mask=True), torch.bfloat16)
-    direction = torch.randn(128, device="cuda", dtype=torch.bfloat16)
+    args = make(replace(case, tokens=tokens, mask=True), torch.bfloat16)
+    direction = torch.randn(case.head_dim, device="cuda", dtype=torch.bfloat16)
     args["q"], args["k"] = args["q"] + 4 * direction, args["k"] - 4 * direction
     right = judge(args)
     assert right.answer.lse[:, :30].max() < -88
@@ -182,8 +217,10 @@ def test_rows_whose_logits_are_all_far_below_0(tokens: int) -> None:
 
 @hopper
 @pytest.mark.parametrize(
-    "name", ["one sequence", "a group of 7", "small heads", "a window of 48", "fp32 gates", "a window of 16, few slots"]
-)
+    "name",
+    ["one sequence", "a group of 7", "small heads", "a window of 48", "fp32 gates", "a window of 16, few slots",
+     "large heads", "large heads, a window of 64", "large heads, a batch, fp32 gates"],
+)  # fmt: skip
 def test_the_same_bits_every_time(name: str) -> None:
     """Its warps hand their work on through shared memory: a race would show as bits that change."""
     args = make(replace(CASES[name], tokens=16384, batch=1, kv_heads=4), torch.bfloat16)
@@ -195,9 +232,10 @@ def test_the_same_bits_every_time(name: str) -> None:
 
 
 @hopper
+@pytest.mark.parametrize("case", [WIDE, LARGE_HEADS], ids=["usual", "large"])
 @pytest.mark.parametrize("gates", ["mild", "strong"])
-def test_a_token_changes_no_bit_of_the_rows_before_it(gates: str) -> None:
-    args = make(replace(WIDE, tokens=300, batch=1, gates=gates), torch.bfloat16)
+def test_a_token_changes_no_bit_of_the_rows_before_it(gates: str, case: Case) -> None:
+    args = make(replace(case, tokens=300, batch=1, gates=gates), torch.bfloat16)
     before = serve(args, 4)
     for at in (17, 130, 299):
         changed = {name: args[name].clone() for name in ("q", "k", "v", "g")}
@@ -210,16 +248,22 @@ def test_a_token_changes_no_bit_of_the_rows_before_it(gates: str) -> None:
 
 
 @hopper
-def test_a_state_made_by_it_goes_on_elsewhere() -> None:
+@pytest.mark.parametrize("case", [WIDE, LARGE_HEADS], ids=["usual", "large"])
+def test_a_state_made_by_it_goes_on_elsewhere(case: Case) -> None:
     """A call that brings a state is for the general kernels: both must mean the same by it."""
-    args = make(replace(WIDE, batch=1, tokens=1000), torch.bfloat16)
+    args = make(replace(case, batch=1, tokens=1000), torch.bfloat16)
     right = judge(args)
     cut = 500
     pieces, state = [], None
     for part in (slice(0, cut), slice(cut, None)):
         piece = {name: args[name][:, part] for name in ("q", "k", "v", "g")}
         o, state, lse = native_hybrid_attention(
-            **piece, window_size=64, initial_state=state, output_final_state=True, return_lse=True, backend="triton"
+            **piece,
+            window_size=case.window,
+            initial_state=state,
+            output_final_state=True,
+            return_lse=True,
+            backend="triton",
         )
         pieces.append((o, lse))
     o, lse = (torch.cat(x, dim=1) for x in zip(*pieces, strict=True))
@@ -228,8 +272,9 @@ def test_a_state_made_by_it_goes_on_elsewhere() -> None:
 
 
 @hopper
-def test_inputs_that_lie_badly() -> None:
-    args = make(WIDE, torch.bfloat16)
+@pytest.mark.parametrize("case", [WIDE, LARGE_HEADS], ids=["usual", "large"])
+def test_inputs_that_lie_badly(case: Case) -> None:
+    args = make(case, torch.bfloat16)
     expected = serve(args).o
     odd = {name: torch.cat((args[name].flatten()[:1], args[name].flatten()))[1:] for name in ("q", "k", "v", "g")}
     odd = {name: x.view(args[name].shape) for name, x in odd.items()}
@@ -255,9 +300,10 @@ def test_a_captured_call_takes_new_inputs() -> None:
 
 
 @hopper
-def test_calls_that_follow_one_another() -> None:
+@pytest.mark.parametrize("case", [WIDE, LARGE_HEADS], ids=["usual", "large"])
+def test_calls_that_follow_one_another(case: Case) -> None:
     """A call's launches overlap; none may read what is still to be written, or write what is still to be read."""
-    cases = [make(replace(WIDE, batch=1, tokens=700, seed=seed), torch.bfloat16) for seed in range(4)]
+    cases = [make(replace(case, batch=1, tokens=700, seed=seed), torch.bfloat16) for seed in range(4)]
     expected = [serve(args).o for args in cases]
     large = torch.empty(1 << 27, device="cuda")
     args = {**cases[0], **{name: cases[0][name].clone() for name in ("q", "k", "v", "g")}}

@@ -121,3 +121,11 @@ def test_a_gpu_is_taken_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [_dtype(None, torch.device(kind)) for kind in ("cuda", "cpu")] == ["bfloat16", "float32"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     assert _device(None) == torch.device("cpu")
+
+
+def test_a_commit_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NHABENCH_GIT_SHA", "main")
+    result = RUNNER.invoke(app, ["bench", "--output", str(tmp_path / "results")])
+    assert result.exit_code == 2
+    assert "NHABENCH_GIT_SHA" in result.output
+    assert not (tmp_path / "results").exists()

@@ -75,15 +75,17 @@ def test_the_environment_may_name_the_commit(monkeypatch: pytest.MonkeyPatch) ->
         (sha, (sha, False)),
         (f"{sha}+dirty\n", (sha, True)),
         ("", ("", None)),
-        ("main", ("", None)),
-        (f"{sha}+changed", ("", None)),
     ):
         monkeypatch.setenv("NHABENCH_GIT_SHA", told)
         monkeypatch.setattr(environment, "_git", lambda *arguments: None)
         assert git_state() == state
         monkeypatch.setattr(environment, "_git", lambda *arguments: "abc" if arguments[0] == "rev-parse" else "")
-        # A copy may have a git that knows another commit; what is no commit says nothing.
+        # A copy may have a git that knows another commit.
         assert git_state() == (state if state[0] else ("abc", False))
+    for told in ("main", f"{sha}+changed", "abc"):
+        monkeypatch.setenv("NHABENCH_GIT_SHA", told)
+        with pytest.raises(ValueError, match=r"^NHABENCH_GIT_SHA: expected a commit's sha, or .*, got '"):
+            git_state()
 
 
 def test_dirty_is_what_git_lists(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ from .limits import DTYPES
 from .output import OutputConfig, output_launch
 from .primitives import Launch, Operands
 from .resident import ResidentConfig, resident_launches, why_not_resident
+from .resident_large import large_launches, why_not_large
 from .states import StatesConfig, state_launches
 
 
@@ -55,7 +56,7 @@ def launchable_problems() -> Iterator[Problem]:
 
 def choose(problem: Problem, processors: int) -> ForwardConfig | ResidentConfig:
     """The kernels that serve a problem on a GPU with so many multiprocessors, and how they are launched."""
-    if why_not_resident(problem) is None:
+    if why_not_resident(problem) is None or why_not_large(problem) is None:
         return ResidentConfig.default(problem, processors)
     return ForwardConfig.default(problem)
 
@@ -79,7 +80,8 @@ def _processors(device: torch.device) -> int:
 def describe(problem: Problem, inputs: Inputs, config: ForwardConfig | ResidentConfig) -> tuple[list[Launch], Result]:
     """The launches, in order, and the result that they fill."""
     if isinstance(config, ResidentConfig):
-        launches, o, lse, final = resident_launches(problem, inputs, config)
+        on_chip = large_launches if problem.head_dim == 256 else resident_launches
+        launches, o, lse, final = on_chip(problem, inputs, config)
         return launches, Result(o, lse, *((None, None) if final is None else final_slots(problem, final)))
     operands = Operands.of(problem, inputs)
     launches, stored = state_launches(problem, operands, initial_slots(problem, inputs), config.states)

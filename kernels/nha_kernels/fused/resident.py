@@ -83,7 +83,7 @@ class ResidentConfig:
         over keys and values first.
         """
         tiles = -(-problem.tokens // TOKENS.value)
-        programs = problem.batch * problem.kv_heads
+        programs = problem.batch * problem.kv_heads * (2 if problem.head_dim == 256 else 1)
 
         def segment(waves: int) -> int:
             segments = max(1, processors * waves // programs)
@@ -96,25 +96,35 @@ class ResidentConfig:
 
         whole = segment(0)
         tiles = min((whole, *(segment(waves) for waves in range(1, 9))), key=cost)
-        return cls(tiles, registers=184 if problem.head_dim == 64 else 152)
+        return cls(tiles, registers={64: 184, 128: 152, 256: 168}[problem.head_dim])
 
 
-def why_not_resident(problem: Problem) -> str | None:
-    """The sentence that says why a call is not for this kernel, or None."""
-    limits = (
+def first_reason(problem: Problem, *limits: tuple[bool, str]) -> str | None:
+    """Of a kernel's own limits and those of both kernels with the slots on the chip, the first that a problem does not
+    keep, as a sentence; or None."""
+    shared = (
         (problem.capability is not None and problem.capability[0] == 9, "runs on Hopper only"),
         (problem.dtype == torch.bfloat16, "takes bfloat16 only"),
-        (problem.head_dim == problem.value_dim and problem.head_dim in (64, 128), "takes D = Dv = 64 or 128"),
         (problem.slots <= 64, "takes up to 64 slots"),
-        (problem.window == problem.delay and problem.window in (16, 32, 48, 64), "takes W = delay of 16, 32, 48 or 64"),
-        (problem.group <= 8, "takes groups of up to 8 query heads"),
+        (problem.window == problem.delay, "takes W = delay"),
         (problem.positions == "none", "takes no window positions"),
         (not problem.explicit_strength, "takes no explicit write strength"),
         (problem.slots * problem.gate_dtype.itemsize % 16 == 0, "takes gates of a multiple of 16 bytes a token"),
         (not problem.packed, "takes no packed sequences"),
         (not problem.has_state, "takes no initial state"),
     )
-    return next((f"the kernel with the slots on the chip {reason}" for served, reason in limits if not served), None)
+    reasons = (reason for served, reason in (*limits, *shared) if not served)
+    return next((f"the kernel with the slots on the chip {reason}" for reason in reasons), None)
+
+
+def why_not_resident(problem: Problem) -> str | None:
+    """The sentence that says why a call is not for this kernel, or None."""
+    return first_reason(
+        problem,
+        (problem.head_dim == problem.value_dim and problem.head_dim in (64, 128), "takes D = Dv = 64 or 128"),
+        (problem.window in (16, 32, 48, 64), "takes W of 16, 32, 48 or 64"),
+        (problem.group <= 8, "takes groups of up to 8 query heads"),
+    )
 
 
 @gluon.jit
