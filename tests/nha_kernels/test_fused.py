@@ -95,7 +95,7 @@ def test_rows_that_are_refused(rows: int) -> None:
     from nha_kernels.fused.output import OutputConfig
 
     with pytest.raises(ValueError, match=f"rows: expected 16, 32 or 64; got {rows}"):
-        OutputConfig(rows=rows, keys=32, slots=64, warps=4, stages=2, anchored=True)
+        OutputConfig(rows=rows, keys=32, slots=64, columns=64, values=64, warps=4, stages=2, anchored=True)
 
 
 @pytest.mark.parametrize(
