@@ -20,11 +20,13 @@ from .helpers import (
     Case,
     Judge,
     Output,
+    dtypes,
     error,
     inputs_of,
     judge,
     make,
     parts,
+    short,
     zero_state,
 )
 
@@ -44,6 +46,13 @@ AWKWARD = Case(
     mask=True,
 )
 ALIGNED = Case(tokens=70, window=16, group=4, kv_heads=1)
+# Heads of more columns than one product takes, values of more than one program takes.
+WIDE = {
+    "D 512, Dv 512": Case(tokens=40, window=20, kv_heads=1, group=4, head_dim=512, slots=40),
+    "D 512, Dv 64": Case(tokens=40, window=20, kv_heads=1, head_dim=512, value_dim=64, given=True, strength=True),
+    "D 64, Dv 512": Case(tokens=40, window=20, kv_heads=1, head_dim=64, value_dim=512, past=(9,)),
+    "no multiples of a block": replace(AWKWARD, head_dim=336, value_dim=320),
+}
 
 STATES: dict[str, dict[str, int]] = {
     "dense states": {"chunk": 16, "segment": 64, "block": 16},
@@ -82,6 +91,13 @@ def test_settings_do_not_change_the_answer(name: str, case: Case) -> None:
     right.accept(serve(args, STATES.get(name, {}), OUTPUT.get(name, {})), what=name)
 
 
+@pytest.mark.parametrize("name", WIDE)
+@pytest.mark.parametrize("dtype", dtypes("triton") if ON_GPU else [torch.float32], ids=short)
+def test_wide_heads(name: str, dtype: torch.dtype) -> None:
+    args = make(WIDE[name], dtype)
+    judge(args).accept(serve(args, {}, {}))
+
+
 @pytest.mark.parametrize("chunk", [8, 64, 128])
 def test_chunks_that_are_refused(chunk: int) -> None:
     from nha_kernels.fused.states import StatesConfig
@@ -95,7 +111,7 @@ def test_rows_that_are_refused(rows: int) -> None:
     from nha_kernels.fused.output import OutputConfig
 
     with pytest.raises(ValueError, match=f"rows: expected 16, 32 or 64; got {rows}"):
-        OutputConfig(rows=rows, keys=32, slots=64, warps=4, stages=2, anchored=True)
+        OutputConfig(rows=rows, keys=32, slots=64, columns=64, values=64, warps=4, stages=2, anchored=True)
 
 
 @pytest.mark.parametrize(

@@ -97,7 +97,7 @@ def test_every_default_is_among_them() -> None:
     problems = list(launchable_problems())
     covered = {variant(problem) for problem in problems}
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for head_dim in (64, 128, 256):
+        for head_dim in (64, 128, 256, 512):
             for group in (1, 2, 3, 4, 5, 7, 8, 16, 20, 32):
                 for delay in (0, 1, 16, 32, 40, 64):
                     problem = dataclasses.replace(

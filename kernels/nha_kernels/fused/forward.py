@@ -41,7 +41,7 @@ def launchable_problems() -> Iterator[Problem]:
 
     What varies a kernel's registers and shared memory is here: dtype, head size, rows of a tile, alignment.
     """
-    variants = product(DTYPES, (64, 128, 256), (1, 2, 4), (64, 40))
+    variants = product(DTYPES, (64, 128, 256, 512), (1, 2, 4), (64, 40))
     odd = ((torch.bfloat16, head_dim, 4, 64) for head_dim in (16, 96))  # the smallest, and one that is padded
     for dtype, head_dim, group, delay in (*variants, *odd):
         if dtype == torch.float32 and group > 1:

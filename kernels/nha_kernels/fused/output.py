@@ -10,6 +10,9 @@ and the values likewise from the other side. How decay(j+1..e) is split into a f
 bf16: both refer to the tile's first token, with one fixed exponent anchor (`ANCHOR`); a reference that depended on
 later gates would break causality to the bit. fp16 and fp32 (EXACT): by a tree of references, halves of the tile, where
 both factors are at most 1 and sums of gates are direct, so nothing overflows or cancels.
+
+Wide heads: q . k is summed over blocks of BD columns, and the columns of the values are shared out among programs, BDV
+each, that all compute the whole softmax.
 """
 
 from __future__ import annotations
@@ -45,13 +48,15 @@ class OutputConfig:
     """How the output kernel is launched.
 
     rows: tokens x query heads of a tile, BR, at most 64; keys: of a block of the window, BN; slots: of a block, BM;
-    powers of two >= 16. anchored: decays by the one exponent anchor, else by the tree; fp16 does not span the anchor's
-    exponents.
+    columns: of q and k in one product, BD; values: columns of v a program, BDV; powers of two >= 16. anchored: decays
+    by the one exponent anchor, else by the tree; fp16 does not span the anchor's exponents.
     """
 
     rows: int
     keys: int
     slots: int
+    columns: int
+    values: int
     warps: int
     stages: int
     anchored: bool
@@ -65,12 +70,19 @@ class OutputConfig:
     def default(cls, problem: Problem) -> OutputConfig:
         """By head size, group and dtype; no search, no measurement."""
         slots = max(16, triton.next_power_of_2(problem.slots))
+        widest = max(problem.head_dim, problem.value_dim)
+        columns = triton.next_power_of_2(problem.head_dim)
+        values = min(256, triton.next_power_of_2(problem.value_dim))
         if problem.dtype == torch.float32:  # twice the bytes and no tensor cores: small tiles
-            return cls(rows=16, keys=16, slots=min(32, slots), warps=4, stages=1, anchored=False)
+            return cls(
+                rows=16, keys=16, slots=min(32, slots), columns=min(64 if widest > 256 else 256, columns),
+                values=values, warps=4, stages=1, anchored=False,
+            )  # fmt: skip
         rows = min(64, max(16, triton.next_power_of_2(16 * min(problem.group, 16))))
-        warps = 8 if max(problem.head_dim, problem.value_dim) > 128 and rows == 64 else 4
-        anchored = problem.dtype == torch.bfloat16
-        return cls(rows=rows, keys=32, slots=min(64, slots), warps=warps, stages=2, anchored=anchored)
+        return cls(
+            rows=rows, keys=32, slots=min(64, slots), columns=min(128 if widest > 256 else 256, columns), values=values,
+            warps=8 if widest > 128 and rows == 64 else 4, stages=2, anchored=problem.dtype == torch.bfloat16,
+        )  # fmt: skip
 
     def tile(self, problem: Problem) -> tuple[int, int]:
         """Tokens of a tile (the anchor spans 16 at most) and query heads of a kv head that share it."""
@@ -188,6 +200,84 @@ def factors_at(level: tl.constexpr, b_g, b_strength, tok, u, dtype):
     return m_pair, b_token, tl.exp2(sum_gates(m_row, b_g, dtype))
 
 
+@triton.jit
+def load_queries(p_q, row, m_row, D, column, m_column):
+    """Rows of q, [BR, columns]."""
+    return tl.load(p_q + row[:, None] * D + column[None, :], mask=m_row[:, None] & m_column[None, :], other=0.0)
+
+
+@triton.jit
+def rotated_queries(p_q, rope, row, m_row, seen, position, P, half, HALF: tl.constexpr):
+    """Columns `half` of both halves of rows of q, [BR, columns] each, rotated to their positions."""
+    m_half = half < HALF
+    p_lower = p_q + row[:, None] * (2 * HALF) + half[None, :]
+    mask = m_row[:, None] & m_half[None, :]
+    b_lower = tl.load(p_lower, mask=mask, other=0.0)
+    b_upper = tl.load(p_lower + HALF, mask=mask, other=0.0)
+    return rotate(b_lower, b_upper, rope[0], rope[1], seen + position, m_row, P, half, m_half, HALF)
+
+
+@triton.jit
+def rotated_keys(p_call, p_recent, rope, start, n, seen, position, m_exists, h, H, R, P, half, HALF: tl.constexpr):
+    """The same of keys, [keys, columns] each."""
+    m_half = half < HALF
+    D: tl.constexpr = 2 * HALF
+    b_lower = load_tokens(p_call, p_recent, start, n, seen, position, m_exists, h, H, R, D, half, m_half)
+    b_upper = load_tokens(p_call, p_recent, start, n, seen, position, m_exists, h, H, R, D, half + HALF, m_half)
+    return rotate(b_lower, b_upper, rope[0], rope[1], seen + position, m_exists, P, half, m_half, HALF)
+
+
+@triton.jit
+def token_dots(
+    b_q, p_q, row, m_row, p_call, p_recent, start, n, seen, position, m_exists, h, H, R, D: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """q . k of rows and tokens, [BR, keys].
+
+    b_q [BR, BD]: the first columns of q. Those beyond are read again for each block of keys: all of a wide head at once
+    would fill the registers.
+    """
+    d = tl.arange(0, BD)
+    b_k = load_tokens(p_call, p_recent, start, n, seen, position, m_exists, h, H, R, D, d, d < D)  # [keys, BD]
+    b_dots = dot(b_q, tl.trans(b_k))
+    for begin in range(BD, D, BD):
+        column = begin + d
+        b_further = load_tokens(p_call, p_recent, start, n, seen, position, m_exists, h, H, R, D, column, column < D)
+        b_dots += dot(load_queries(p_q, row, m_row, D, column, column < D), tl.trans(b_further))
+    return b_dots
+
+
+@triton.jit
+def slot_dots(b_q, p_q, row, m_row, p_slot, m_slot, D: tl.constexpr, BD: tl.constexpr):
+    """The same of rows and stored slots, [BR, BM]; p_slot [BM]."""
+    d = tl.arange(0, BD)
+    b_k = tl.load(p_slot[:, None] + d[None, :], mask=m_slot[:, None] & (d < D)[None, :], other=0.0)  # [BM, BD]
+    b_dots = dot(b_q, tl.trans(b_k))
+    for begin in range(BD, D, BD):
+        column = begin + d
+        mask = m_slot[:, None] & (column < D)[None, :]
+        b_further = tl.load(p_slot[:, None] + column[None, :], mask=mask, other=0.0)
+        b_dots += dot(load_queries(p_q, row, m_row, D, column, column < D), tl.trans(b_further))
+    return b_dots
+
+
+@triton.jit
+def rotated_dots(
+    b_lower, b_upper, p_q, row, m_row, t, p_call, p_recent, rope, start, n, seen, position, m_exists, h, H, R, P,
+    HALF: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """The same of rows and tokens, both rotated; b_lower, b_upper [BR, BH]: the first columns of either half of q."""
+    half = tl.arange(0, BH)
+    b_kl, b_ku = rotated_keys(p_call, p_recent, rope, start, n, seen, position, m_exists, h, H, R, P, half, HALF)
+    b_dots = dot(b_lower, tl.trans(b_kl)) + dot(b_upper, tl.trans(b_ku))
+    for begin in range(BH, HALF, BH):
+        column = begin + half
+        b_ql, b_qu = rotated_queries(p_q, rope, row, m_row, seen, t, P, column, HALF)
+        b_fl, b_fu = rotated_keys(p_call, p_recent, rope, start, n, seen, position, m_exists, h, H, R, P, column, HALF)
+        b_dots += dot(b_ql, tl.trans(b_fl)) + dot(b_qu, tl.trans(b_fu))
+    return b_dots
+
+
 @triton.jit(do_not_specialize=["T", "R", "P", "W", "delay", "C", "CHUNKS", "tiles", "segments", "N"])
 def output_kernel(
     p_q, p_q_window, tokens, recent, layout, p_first_segment, p_states, rope, p_o, p_lse,
@@ -197,19 +287,22 @@ def output_kernel(
     BN: tl.constexpr, BM: tl.constexpr, BD: tl.constexpr, BDV: tl.constexpr, BH: tl.constexpr, LEVELS: tl.constexpr,
     MASK_EMPTY: tl.constexpr, EXACT: tl.constexpr,
 ):  # fmt: skip
-    """One tile of BT tokens and HB query heads of a kv head, as BR rows.
+    """One tile of BT tokens and HB query heads of a kv head, as BR rows, and BDV columns of the values.
 
     p_q, p_q_window [*, HQ, D]; rope: (cos, sin) [P, D/2] or None; p_states [chunks, H, M, E], with CHUNKS chunks a
     segment; p_o [*, HQ, DV]; p_lse [*, HQ] fp32 or None. J: slot tokens since the stored state; BN: keys of a window
-    block; BM: slots of a block.
+    block; BM: slots of a block; BD: columns of q and k in one product, BH of either half where they are rotated.
     """
     E: tl.constexpr = D + DV
     NG: tl.constexpr = HQ // H
     PARTS: tl.constexpr = (NG + HB - 1) // HB
+    VALUE_BLOCKS: tl.constexpr = (DV + BDV - 1) // BDV
     dtype = p_q.dtype.element_ty
-    tile = tl.program_id(0) // (H * PARTS)
-    h = tl.program_id(0) % (H * PARTS) // PARTS
-    part = tl.program_id(0) % PARTS
+    program = tl.program_id(0) // VALUE_BLOCKS
+    value_block = tl.program_id(0) % VALUE_BLOCKS
+    tile = program // (H * PARTS)
+    h = program % (H * PARTS) // PARTS
+    part = program % PARTS
     if layout.cu_seqlens is not None:
         if tl.load(layout.sequence + tile) >= N:
             return
@@ -222,10 +315,10 @@ def output_kernel(
     m_row = (tok < BT) & (t < length) & (head < NG)
     row = (start + t) * HQ + h * NG + head
     d = tl.arange(0, BD)
-    dv = tl.arange(0, BDV)
+    dv = value_block * BDV + tl.arange(0, BDV)
     m_d = d < D
     m_dv = dv < DV
-    b_q = tl.load(p_q + row[:, None] * D + d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)  # [BR, BD]
+    b_q = load_queries(p_q, row, m_row, D, d, m_d)  # [BR, BD]
 
     # The stored state at or before the tile's first slot token, and the tokens from there on.
     if recent.k is None:
@@ -241,8 +334,9 @@ def output_kernel(
     u = tl.arange(0, J) - (stream - chunk * C)  # [J] slot tokens, relative to the tile's first
     position = index * BT - delay + u
     m_token = (position >= -waiting) & (position < length) & (u < BT)  # later gates would overflow the anchor
-    b_k = load_tokens(tokens.k, recent.k, start, n, seen, position, m_token, h, H, R, D, d, m_d)  # [J, BD]
-    b_dots = dot(b_q, tl.trans(b_k))  # [BR, J]
+    b_dots = token_dots(
+        b_q, p_q, row, m_row, tokens.k, recent.k, start, n, seen, position, m_token, h, H, R, D, BD
+    )  # [BR, J]
     # Scaled before it is rounded: a bare q . k may overflow fp16.
     b_dots = tl.where(u[None, :] <= tok[:, None], b_dots * scale, 0.0).to(dtype)
     if layout.cu_seqlens is None:
@@ -266,8 +360,7 @@ def output_kernel(
         b_strength = write_strength(b_g, b_s)  # [J, BM]
         p_slot = p_states + (state * M + m) * E
         m_state = m_slot & (chunk >= 0)
-        b_k0 = tl.load(p_slot[:, None] + d[None, :], mask=m_state[:, None] & m_d[None, :], other=0.0)  # [BM, BD]
-        b_earlier = dot(b_q, tl.trans(b_k0)) * scale
+        b_earlier = slot_dots(b_q, p_q, row, m_row, p_slot, m_state, D, BD) * scale  # [BR, BM]
         if EXACT:
             b_g = at_least(b_g, FORGET)
             b_logit = exact_logits(b_dots, b_earlier, b_g, b_strength, tok, u, LEVELS)  # [BR, BM]
@@ -295,29 +388,22 @@ def output_kernel(
         blocks = 0
     if rope is not None:
         HALF: tl.constexpr = D // 2
-        half = tl.arange(0, BH)
-        m_half = half < HALF
-        p_lower = p_q + row[:, None] * D + half[None, :]
-        mask = m_row[:, None] & m_half[None, :]
-        b_lower = tl.load(p_lower, mask=mask, other=0.0)  # [BR, BH]
-        b_upper = tl.load(p_lower + HALF, mask=mask, other=0.0)
-        b_lower, b_upper = rotate(b_lower, b_upper, rope[0], rope[1], seen + t, m_row, P, half, m_half, HALF)
+        b_lower, b_upper = rotated_queries(p_q, rope, row, m_row, seen, t, P, tl.arange(0, BH), HALF)
     else:
-        b_qw = tl.load(p_q_window + row[:, None] * D + d[None, :], mask=m_row[:, None] & m_d[None, :], other=0.0)
+        b_qw = load_queries(p_q_window, row, m_row, D, d, m_d)
     for begin in range(end - blocks * BN, end, BN):
         key = begin + tl.arange(0, BN)
         m_key = (key >= -visible) & (key < length)
         p_recent = recent.k_window
         if rope is not None:
-            b_kl = load_tokens(tokens.k_window, p_recent, start, n, seen, key, m_key, h, H, R, D, half, m_half)
-            b_ku = load_tokens(
-                tokens.k_window, p_recent, start, n, seen, key, m_key, h, H, R, D, half + HALF, m_half
-            )  # [BN, BH]
-            b_kl, b_ku = rotate(b_kl, b_ku, rope[0], rope[1], seen + key, m_key, P, half, m_half, HALF)
-            b_logit = dot(b_lower, tl.trans(b_kl)) + dot(b_upper, tl.trans(b_ku))
+            b_logit = rotated_dots(
+                b_lower, b_upper, p_q, row, m_row, t, tokens.k_window, p_recent, rope, start, n, seen, key, m_key, h, H,
+                R, P, HALF, BH,
+            )  # fmt: skip
         else:
-            b_kw = load_tokens(tokens.k_window, p_recent, start, n, seen, key, m_key, h, H, R, D, d, m_d)  # [BN, BD]
-            b_logit = dot(b_qw, tl.trans(b_kw))
+            b_logit = token_dots(
+                b_qw, p_q_window, row, m_row, tokens.k_window, p_recent, start, n, seen, key, m_key, h, H, R, D, BD
+            )  # [BR, BN]
         m_visible = (key[None, :] <= t[:, None]) & (key[None, :] > t[:, None] - W) & m_key[None, :]
         b_logit = tl.where(m_visible, b_logit * (scale * LOG2E), float("-inf"))
         b_p, b_rescale, b_max, b_sum = softmax_step(b_logit, b_max, b_sum)
@@ -329,7 +415,7 @@ def output_kernel(
     tl.store(p_o + row[:, None] * DV + dv[None, :], b_o.to(dtype), mask=m_row[:, None] & m_dv[None, :])
     if p_lse is not None:
         b_lse = tl.where(b_sum == 0.0, float("-inf"), (b_max + tl.log2(b_sum)) / LOG2E)
-        tl.store(p_lse + row, b_lse, mask=m_row)
+        tl.store(p_lse + row, b_lse, mask=m_row & (value_block == 0))
 
 
 def output_launch(
@@ -352,11 +438,11 @@ def output_launch(
         scale=float(inputs.scale), HQ=problem.q_heads, H=problem.kv_heads, D=problem.head_dim, DV=problem.value_dim,
         M=problem.slots, C=stored.chunk, CHUNKS=stored.chunks_a_segment, BR=config.rows, BT=tile_tokens, HB=tile_heads,
         J=max(16, triton.next_power_of_2(since_stored)), BN=config.keys, BM=config.slots,
-        BD=triton.next_power_of_2(problem.head_dim), BDV=triton.next_power_of_2(problem.value_dim),
-        BH=max(16, triton.next_power_of_2(problem.head_dim) // 2),
+        BD=config.columns, BDV=config.values, BH=max(16, config.columns // 2),
         LEVELS=(tile_tokens - 1).bit_length(), MASK_EMPTY=problem.mask_empty_slots, EXACT=not config.anchored,
     )  # fmt: skip
     count = tiles if problem.packed else tiles * problem.sequences
-    grid = (count * problem.kv_heads * -(-problem.group // tile_heads),)
+    value_blocks = -(-problem.value_dim // config.values)
+    grid = (count * problem.kv_heads * -(-problem.group // tile_heads) * value_blocks,)
     options = {"num_warps": config.warps, "num_stages": config.stages}
     return Launch(output_kernel, grid, arguments, options), o, lse
