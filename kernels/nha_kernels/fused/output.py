@@ -73,14 +73,16 @@ class OutputConfig:
         widest = max(problem.head_dim, problem.value_dim)
         columns = triton.next_power_of_2(problem.head_dim)
         values = min(256, triton.next_power_of_2(problem.value_dim))
-        if problem.dtype == torch.float32:  # twice the bytes and no tensor cores: small tiles
+        # Twice the bytes and no tensor cores: small tiles, and few columns, all of which a thread holds for a product.
+        if problem.dtype == torch.float32:
             return cls(
-                rows=16, keys=16, slots=min(32, slots), columns=min(64 if widest > 256 else 256, columns),
-                values=values, warps=4, stages=1, anchored=False,
+                rows=16, keys=16, slots=min(32, slots), columns=min(64, columns), values=values, warps=4, stages=1,
+                anchored=False,
             )  # fmt: skip
         rows = min(64, max(16, triton.next_power_of_2(16 * min(problem.group, 16))))
+        columns = min(128 if widest > 256 else 256, columns)  # more of q, k and v would not fit shared memory together
         return cls(
-            rows=rows, keys=32, slots=min(64, slots), columns=min(128 if widest > 256 else 256, columns), values=values,
+            rows=rows, keys=32, slots=min(64, slots), columns=columns, values=values,
             warps=8 if widest > 128 and rows == 64 else 4, stages=2, anchored=problem.dtype == torch.bfloat16,
         )  # fmt: skip
 
