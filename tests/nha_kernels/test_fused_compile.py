@@ -23,7 +23,8 @@ from .sass import early_reads, hazards
 # Shared memory that a block may have: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # Bytes that a kernel's code may move from registers to memory. Usual heads: ten registers in each output partition, of
-# which some two are moved in every tile. Large heads: its accumulators alone are more than half of what a thread has.
+# which some two are moved in every tile. Large heads: its accumulators alone are more than half of what a thread has,
+# and some 150 moves in every tile are what it pays for that.
 SPILLED = {"ends_kernel": 0, "resident_kernel": 80, "large_kernel": 900}
 # From 3.9 on Triton calls ptxas 13 for sm_90, for which these kernels need too many registers: right all the same, but
 # slow.

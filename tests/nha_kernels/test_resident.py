@@ -185,6 +185,8 @@ CASES: dict[str, Case] = {
     "large heads": replace(LARGE_HEADS, batch=1, tokens=1500),
     "large heads, a batch, fp32 gates": replace(LARGE_HEADS, gates_like_q=False),
     "large heads, a window of 64": replace(LARGE_HEADS, window=64),
+    "large heads, a window of 40": replace(LARGE_HEADS, window=40, slots=40, mask=True),
+    "large heads, a window of 63": replace(LARGE_HEADS, window=63, batch=1, tokens=1500),
     "large heads, a window of 1": replace(LARGE_HEADS, window=1, mask=True),
     "large heads, few slots": replace(LARGE_HEADS, window=21, slots=40, mask=True, scale=0.2),
     "large heads, shorter than the window": replace(LARGE_HEADS, tokens=20),
@@ -195,7 +197,7 @@ CASES: dict[str, Case] = {
 
 
 @hopper
-@pytest.mark.parametrize("tiles", [4, 8, None])
+@pytest.mark.parametrize("tiles", [4, 8, 128, None])
 @pytest.mark.parametrize("name", CASES)
 def test_it_is_as_exact_as_bf16_allows(name: str, tiles: int | None) -> None:
     args = make(CASES[name], torch.bfloat16)
@@ -285,9 +287,10 @@ def test_inputs_that_lie_badly(case: Case) -> None:
 
 
 @hopper
-def test_a_captured_call_takes_new_inputs() -> None:
-    args = make(replace(WIDE, batch=1, tokens=700), torch.bfloat16)
-    other = make(replace(WIDE, batch=1, tokens=700, seed=1), torch.bfloat16)
+@pytest.mark.parametrize("case", [WIDE, LARGE_HEADS], ids=["usual", "large"])
+def test_a_captured_call_takes_new_inputs(case: Case) -> None:
+    args = make(replace(case, batch=1, tokens=700), torch.bfloat16)
+    other = make(replace(case, batch=1, tokens=700, seed=1), torch.bfloat16)
     expected = serve(other).o
     serve(args)  # compiled before the capture
     graph = torch.cuda.CUDAGraph()

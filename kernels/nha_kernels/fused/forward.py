@@ -80,7 +80,7 @@ def _processors(device: torch.device) -> int:
 def describe(problem: Problem, inputs: Inputs, config: ForwardConfig | ResidentConfig) -> tuple[list[Launch], Result]:
     """The launches, in order, and the result that they fill."""
     if isinstance(config, ResidentConfig):
-        on_chip = large_launches if problem.head_dim == 256 else resident_launches
+        on_chip = resident_launches if problem.head_dim <= 128 else large_launches
         launches, o, lse, final = on_chip(problem, inputs, config)
         return launches, Result(o, lse, *((None, None) if final is None else final_slots(problem, final)))
     operands = Operands.of(problem, inputs)

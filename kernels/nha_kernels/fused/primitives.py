@@ -30,9 +30,10 @@ FORGET = tl.constexpr(-1.0e4)
 
 # Programmatic dependent launch, from Hopper on: a kernel launched EARLY may start once every program of the kernel
 # before it has called `start_next`, or has ended. What was written since the last launch that was not EARLY may be
-# touched only behind `wait_for_previous`, which waits until the kernel before has ended and its writes are visible; all
-# programs call it, or the kernel could end before those ahead of it, for which nobody behind it would then wait. A
-# call's first launch is never EARLY: so whatever came before the call is over, and its inputs are there without a wait.
+# touched only behind `wait_for_previous`, which waits until the kernel before has ended and its writes are visible.
+# Every program of an EARLY kernel calls it: else that kernel could end before the one ahead of it, and the kernel
+# behind would wait for the wrong one. A call's first launch is never EARLY: so whatever came before the call is over,
+# and its inputs are there without a wait.
 EARLY = {"launch_pdl": True}
 start_next = gdc_launch_dependents
 wait_for_previous = gdc_wait

@@ -57,10 +57,10 @@ RING = gl.constexpr(8)  # R: WB + 2 at the least, and as many as G less one, or 
 
 @dataclass(frozen=True, slots=True)
 class ResidentConfig:
-    """How the resident kernel is launched.
+    """How a kernel with the slots on the chip is launched: this one, or the one of `resident_large`.
 
     tiles: of 16 tokens, that a program walks: its segment, a multiple of 4. registers: of a thread of an output
-    partition; the state's get what is left, which for D = 64 need fewer.
+    partition; the state's get what is left.
     """
 
     tiles: int
@@ -102,8 +102,8 @@ class ResidentConfig:
 def first_reason(problem: Problem, *limits: tuple[bool, str]) -> str | None:
     """Of a kernel's own limits and those of both kernels with the slots on the chip, the first that a problem does not
     keep, as a sentence; or None."""
+    machine = (problem.capability is not None and problem.capability[0] == 9, "runs on Hopper only")
     shared = (
-        (problem.capability is not None and problem.capability[0] == 9, "runs on Hopper only"),
         (problem.dtype == torch.bfloat16, "takes bfloat16 only"),
         (problem.slots <= 64, "takes up to 64 slots"),
         (problem.window == problem.delay, "takes W = delay"),
@@ -113,7 +113,7 @@ def first_reason(problem: Problem, *limits: tuple[bool, str]) -> str | None:
         (not problem.packed, "takes no packed sequences"),
         (not problem.has_state, "takes no initial state"),
     )
-    reasons = (reason for served, reason in (*limits, *shared) if not served)
+    reasons = (reason for served, reason in (machine, *limits, *shared) if not served)
     return next((f"the kernel with the slots on the chip {reason}" for reason in reasons), None)
 
 

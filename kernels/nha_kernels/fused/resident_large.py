@@ -57,13 +57,16 @@ HALVES = 2  # programs that share the columns of the values
 
 def why_not_large(problem: Problem) -> str | None:
     """The sentence that says why a call is not for this kernel, or None."""
-    # What shared memory has room for.
-    widest = 64 if problem.gate_dtype.itemsize == 2 else 32
+    gate_bits = 8 * problem.gate_dtype.itemsize
+    widest = 64 if gate_bits == 16 else 32  # what shared memory has room for
     return first_reason(
         problem,
         (problem.head_dim == problem.value_dim == 256, "takes D = Dv = 256"),
         (problem.group == 1, "takes one query head a kv head"),
-        (1 <= problem.window <= widest, f"takes W of 1 to {widest}"),
+        (
+            1 <= problem.window <= widest,
+            f"takes W of 1 to {widest} with gates of {gate_bits} bits",
+        ),
     )
 
 
@@ -398,6 +401,8 @@ def large_kernel(
     s_v = gl.allocate_shared_memory(bf16, [RV, 1, BLOCK, 1, DV], tile_layout(4))
     s_g = gl.allocate_shared_memory(d_g.dtype, [1, TOKENS, 1, BM], tile_layout(4, GATE_BITS))
     s_slot_k = gl.allocate_shared_memory(bf16, [BM, D], tile_layout(2))
+    # V~ [BM, DV], and o [TOKENS, DV] on its way out: as many rows.
+    gl.static_assert(BM == TOKENS)
     s_slot_v = gl.allocate_shared_memory(bf16, [1, TOKENS, 1, DV], tile_layout(4))
     s_factor = gl.allocate_shared_memory(bf16, [TOKENS, BM], tile_layout(2))
     s_near = gl.allocate_shared_memory(bf16, [TOKENS, BM], tile_layout(2))

@@ -1,4 +1,5 @@
-"""The slots at the start of each segment, for the kernel that then walks the segments side by side (`resident`).
+"""The slots at the start of each segment, for a kernel that then walks the segments side by side (`resident`,
+`resident_large`).
 
 Every segment's own contribution, from zero (`ends_kernel`), and a scan over them (`scan_kernel` of `states`): keys and
 values are read once, and a state is written for each segment only. In Gluon, for Hopper.
