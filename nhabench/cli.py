@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nhabench.bench import Options, all_contenders, run
-from nhabench.environment import device_slug, git_state
+from nhabench.environment import device_slug, named_commit
 from nhabench.plots import draw_all
 from nhabench.results import load_rows
 from nhabench.workloads import DTYPES, SEQ_LENS, Workload, cases, load_workloads, select
@@ -127,7 +127,7 @@ def bench(
         _at_least(1, seq_len=length)
     where = _device(device)
     try:
-        git_state()  # before hours are spent on rows that would name no commit
+        named_commit()  # before hours are spent on rows that would name no commit
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
     try:

@@ -72,18 +72,26 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+def named_commit() -> tuple[str, bool] | None:
+    """What NHABENCH_GIT_SHA says, a commit or "<commit>+dirty". Raises ValueError where it says anything else."""
+    told = os.environ.get(GIT_SHA_VARIABLE, "").strip()
+    if not told:
+        return None
+    named = re.fullmatch(r"([0-9a-f]{7,64})(\+dirty)?", told)
+    if named is None:
+        raise ValueError(f"{GIT_SHA_VARIABLE}: expected a commit's sha, or a sha and '+dirty', got {told!r}")
+    return named.group(1), named.group(2) is not None
+
+
 def git_state() -> tuple[str, bool | None]:
     """(commit, whether the work tree differs from it). What a bench itself writes, results/, does not count.
 
-    What NHABENCH_GIT_SHA says, a commit or "<commit>+dirty", comes before what git does: it is set for a copy whose git
-    knows nothing, or another commit. Raises ValueError where it says anything else.
+    The commit that the environment names comes before git's: it is named for a copy whose git knows nothing, or another
+    commit. Raises ValueError where what it names is none.
     """
-    told = os.environ.get(GIT_SHA_VARIABLE, "").strip()
-    if told:
-        named = re.fullmatch(r"([0-9a-f]{7,64})(\+dirty)?", told)
-        if named is None:
-            raise ValueError(f"{GIT_SHA_VARIABLE}: expected a commit's sha, or a sha and '+dirty', got {told!r}")
-        return named.group(1), named.group(2) is not None
+    named = named_commit()
+    if named is not None:
+        return named
     sha = _git("rev-parse", "HEAD")
     if sha is None:
         return "", None

@@ -15,8 +15,8 @@ from ..slots import final_slots, initial_slots
 from .limits import DTYPES
 from .output import OutputConfig, output_launch
 from .primitives import Launch, Operands
-from .resident import ResidentConfig, resident_launches, why_not_resident
-from .resident_large import large_launches, why_not_large
+from .resident import ResidentConfig, resident_launch, resident_launches, why_not_resident
+from .resident_large import large_launch, why_not_large
 from .states import StatesConfig, state_launches
 
 
@@ -80,8 +80,8 @@ def _processors(device: torch.device) -> int:
 def describe(problem: Problem, inputs: Inputs, config: ForwardConfig | ResidentConfig) -> tuple[list[Launch], Result]:
     """The launches, in order, and the result that they fill."""
     if isinstance(config, ResidentConfig):
-        on_chip = resident_launches if problem.head_dim <= 128 else large_launches
-        launches, o, lse, final = on_chip(problem, inputs, config)
+        last = resident_launch if problem.head_dim <= 128 else large_launch
+        launches, o, lse, final = resident_launches(problem, inputs, config, last)
         return launches, Result(o, lse, *((None, None) if final is None else final_slots(problem, final)))
     operands = Operands.of(problem, inputs)
     launches, stored = state_launches(problem, operands, initial_slots(problem, inputs), config.states)

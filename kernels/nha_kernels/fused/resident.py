@@ -25,7 +25,9 @@ the window before a tile. PARTS: of a group, HEADS query heads each. BM: slots o
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,6 +54,9 @@ from .segment_ends import BM, absorb_weights, add, ends_launches, write_strength
 ANCHOR = gl.constexpr(96.0)
 TOKENS = gl.constexpr(16)  # of a tile, and of a block of the ring
 HEADS = gl.constexpr(4)  # query heads of a tile
+# By head size: programs that share the columns of the values, and registers of a thread of an output partition.
+PROGRAMS = {64: 1, 128: 1, 256: 2}
+REGISTERS = {64: 184, 128: 152, 256: 168}
 RING = gl.constexpr(8)  # R: WB + 2 at the least, and as many as G less one, or a wait could miss its turn
 
 
@@ -83,7 +88,7 @@ class ResidentConfig:
         over keys and values first.
         """
         tiles = -(-problem.tokens // TOKENS.value)
-        programs = problem.batch * problem.kv_heads * (2 if problem.head_dim == 256 else 1)
+        programs = problem.batch * problem.kv_heads * PROGRAMS[problem.head_dim]
 
         def segment(waves: int) -> int:
             segments = max(1, processors * waves // programs)
@@ -96,7 +101,7 @@ class ResidentConfig:
 
         whole = segment(0)
         tiles = min((whole, *(segment(waves) for waves in range(1, 9))), key=cost)
-        return cls(tiles, registers={64: 184, 128: 152, 256: 168}[problem.head_dim])
+        return cls(tiles, REGISTERS[problem.head_dim])
 
 
 def first_reason(problem: Problem, *limits: tuple[bool, str]) -> str | None:
@@ -445,14 +450,33 @@ def resident_kernel(
     )  # fmt: skip
 
 
+def resident_launch(
+    problem: Problem, config: ResidentConfig, q: Tensor, k: Tensor, v: Tensor, g: Tensor, o: Tensor,
+    shared: dict[str, Any],
+) -> Launch:  # fmt: skip
+    """The launch that fills o; `shared`: the arguments that both kernels take alike."""
+    batch, tokens, heads, group, dim = problem.batch, problem.tokens, problem.kv_heads, problem.group, problem.head_dim
+
+    def by_group(x: Tensor) -> Tensor:
+        return x.view(batch, tokens, heads, group, dim)
+
+    box, key_box = [1, TOKENS.value, 1, HEADS.value, dim], [1, TOKENS.value, 1, dim]
+    arguments = dict(
+        shared, d_q=descriptor(by_group(q), box), d_k=descriptor(k, key_box), d_v=descriptor(v, key_box),
+        d_g=descriptor(g, [1, TOKENS.value, 1, BM.value]), d_o=descriptor(by_group(o), box), tiles=config.tiles,
+        HQ=problem.q_heads, WB=problem.window // TOKENS.value, R=RING.value,
+        G=8 if g.element_size() == 2 else 5,  # what shared memory has room for
+    )  # fmt: skip
+    return Launch(resident_kernel, (batch * shared["segments"] * heads,), arguments, {"num_warps": 4})
+
+
 def resident_launches(
-    problem: Problem, inputs: Inputs, config: ResidentConfig
+    problem: Problem, inputs: Inputs, config: ResidentConfig, last: Callable[..., Launch] = resident_launch
 ) -> tuple[list[Launch], Tensor, Tensor | None, Tensor | None]:
     """The launches in order, and what they fill: o [B, T, HQ, D], and if asked for lse [B, T, HQ] and the final slots
-    [B, H, M, 2 D], both fp32."""
-    batch, tokens, heads, group = problem.batch, problem.tokens, problem.kv_heads, problem.group
-    dim, device = problem.head_dim, inputs.q.device
-    segments = -(-tokens // config.tokens)
+    [B, H, M, 2 D], both fp32. `last`: which kernel makes o, `resident_launch` or `large_launch`."""
+    batch, tokens, heads, dim = problem.batch, problem.tokens, problem.kv_heads, problem.head_dim
+    device = inputs.q.device
     q, k, v, g = (aligned(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g))
 
     final = None
@@ -463,19 +487,11 @@ def resident_launches(
     lse = None
     if problem.return_lse:
         lse = torch.empty(batch, tokens, problem.q_heads, dtype=torch.float32, device=device)
-
-    def by_group(x: Tensor) -> Tensor:
-        return x.view(batch, tokens, heads, group, dim)
-
-    box, key_box = [1, TOKENS.value, 1, HEADS.value, dim], [1, TOKENS.value, 1, dim]
-    arguments = dict(
-        d_q=descriptor(by_group(q), box), d_k=descriptor(k, key_box), d_v=descriptor(v, key_box),
-        d_g=descriptor(g, [1, TOKENS.value, 1, BM.value]), d_o=descriptor(by_group(o), box), p_before=before,
-        p_lse=lse, T=tokens, tiles=config.tiles, segments=segments, scale=float(inputs.scale), HQ=problem.q_heads,
-        H=heads, D=dim, M=problem.slots, WB=problem.window // TOKENS.value, R=RING.value,
-        G=8 if g.element_size() == 2 else 5,  # what shared memory has room for
-        MASK_EMPTY=problem.mask_empty_slots, REGISTERS=config.registers,
+    shared = dict(
+        p_before=before, p_lse=lse, T=tokens, segments=-(-tokens // config.tokens), scale=float(inputs.scale), H=heads,
+        D=dim, M=problem.slots, MASK_EMPTY=problem.mask_empty_slots, REGISTERS=config.registers,
     )  # fmt: skip
-    options = {"num_warps": 4, **(EARLY if launches else {})}
-    launches.append(Launch(resident_kernel, (batch * segments * heads,), arguments, options))
-    return launches, o, lse, final
+    launch = last(problem, config, q, k, v, g, o, shared)
+    if launches:
+        launch = replace(launch, options={**launch.options, **EARLY})
+    return [*launches, launch], o, lse, final

@@ -26,12 +26,12 @@ Sizes as in `primitives`. BM: slots of a block, those beyond M masked. NEXT: blo
 
 from __future__ import annotations
 
-import torch
+from typing import Any
+
 from torch import Tensor
 
-from ..problem import Inputs, Problem
+from ..problem import Problem
 from .hopper import (
-    aligned,
     barrier,
     descriptor,
     fence_async_shared,
@@ -45,14 +45,13 @@ from .hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .primitives import ANCHOR, EARLY, LOG2E, STRONGEST, Launch, wait_for_previous
-from .resident import ResidentConfig, first_reason
-from .segment_ends import BM, ends_launches
+from .primitives import ANCHOR, LOG2E, STRONGEST, Launch, wait_for_previous
+from .resident import PROGRAMS, ResidentConfig, first_reason
+from .segment_ends import BM
 
 TOKENS = gl.constexpr(64)  # of a tile
 PART = gl.constexpr(16)  # tokens that share an anchor
 BLOCK = gl.constexpr(32)  # tokens of a block of the rings
-HALVES = 2  # programs that share the columns of the values
 
 
 def why_not_large(problem: Problem) -> str | None:
@@ -63,10 +62,7 @@ def why_not_large(problem: Problem) -> str | None:
         problem,
         (problem.head_dim == problem.value_dim == 256, "takes D = Dv = 256"),
         (problem.group == 1, "takes one query head a kv head"),
-        (
-            1 <= problem.window <= widest,
-            f"takes W of 1 to {widest} with gates of {gate_bits} bits",
-        ),
+        (1 <= problem.window <= widest, f"takes W of 1 to {widest} with gates of {gate_bits} bits"),
     )
 
 
@@ -448,32 +444,18 @@ def large_kernel(
     )  # fmt: skip
 
 
-def large_launches(
-    problem: Problem, inputs: Inputs, config: ResidentConfig
-) -> tuple[list[Launch], Tensor, Tensor | None, Tensor | None]:
-    """The launches in order, and what they fill, as `resident_launches`."""
-    batch, tokens, heads, dim = problem.batch, problem.tokens, problem.kv_heads, problem.head_dim
-    device = inputs.q.device
-    segments = -(-tokens // config.tokens)
-    q, k, v, g = (aligned(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g))
-
-    final = None
-    if problem.output_final_state:
-        final = torch.zeros(batch, heads, problem.slots, 2 * dim, dtype=torch.float32, device=device)
-    launches, before = ends_launches(problem, k, v, g, config.tokens, final)
-    o = torch.empty(q.shape, dtype=q.dtype, device=device)
-    lse = None
-    if problem.return_lse:
-        lse = torch.empty(batch, tokens, heads, dtype=torch.float32, device=device)
-    columns = dim // HALVES
+def large_launch(
+    problem: Problem, config: ResidentConfig, q: Tensor, k: Tensor, v: Tensor, g: Tensor, o: Tensor,
+    shared: dict[str, Any],
+) -> Launch:  # fmt: skip
+    """As `resident_launch`."""
+    dim, programs = problem.head_dim, PROGRAMS[problem.head_dim]
+    columns = dim // programs
     arguments = dict(
-        d_q=descriptor(q, [1, TOKENS.value, 1, dim]), d_k=descriptor(k, [1, BLOCK.value, 1, dim]),
+        shared, d_q=descriptor(q, [1, TOKENS.value, 1, dim]), d_k=descriptor(k, [1, BLOCK.value, 1, dim]),
         d_v=descriptor(v, [1, BLOCK.value, 1, columns]), d_g=descriptor(g, [1, TOKENS.value, 1, BM.value]),
-        d_o=descriptor(o, [1, TOKENS.value, 1, columns]), p_before=before, p_lse=lse, T=tokens,
-        tiles=config.tokens // TOKENS.value, segments=segments, scale=float(inputs.scale), H=heads, D=dim, DV=columns,
-        M=problem.slots, W=problem.window, RK=4, RV=3 if problem.window <= BLOCK.value else 4,
-        MASK_EMPTY=problem.mask_empty_slots, REGISTERS=config.registers,
+        d_o=descriptor(o, [1, TOKENS.value, 1, columns]), tiles=config.tokens // TOKENS.value, DV=columns,
+        W=problem.window, RK=4, RV=3 if problem.window <= BLOCK.value else 4,
     )  # fmt: skip
-    options = {"num_warps": 8, **(EARLY if launches else {})}
-    launches.append(Launch(large_kernel, (batch * segments * heads * HALVES,), arguments, options))
-    return launches, o, lse, final
+    grid = (problem.batch * shared["segments"] * problem.kv_heads * programs,)
+    return Launch(large_kernel, grid, arguments, {"num_warps": 8})
