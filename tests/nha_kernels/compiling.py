@@ -86,7 +86,8 @@ def resident_problems() -> dict[str, Problem]:
     optional switched on, but for the plain ones, as most calls are."""
     sizes = [(*size, 64) for size in product((64, 128), (4, 8), (torch.bfloat16, torch.float32))]
     sizes += [(128, 4, torch.bfloat16, window) for window in (16, 32, 48)]
-    sizes += [(256, 1, torch.bfloat16, 64), *((256, 1, gates, 32) for gates in (torch.bfloat16, torch.float32))]
+    sizes += [(head_dim, 1, torch.bfloat16, window) for head_dim in (64, 128, 256) for window in (32, 64)]
+    sizes += [(64, 1, torch.float32, 64), (128, 1, torch.float32, 1)]
     problems = {}
     for head_dim, group, gate_dtype, window in sizes:
         gates = str(gate_dtype).removeprefix("torch.")

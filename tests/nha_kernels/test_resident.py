@@ -58,14 +58,15 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-# The same of the kernel for large heads.
-LARGE = {**SERVED, "head_dim": 256, "value_dim": 256, "q_heads": 4, "kv_heads": 4, "window": 32, "delay": 32}
-OTHERS_LARGE: dict[str, dict[str, Any]] = {
+# The same of the kernel for one query head a kv head.
+SINGLE = {**SERVED, "head_dim": 256, "value_dim": 256, "q_heads": 4, "kv_heads": 4, "window": 32, "delay": 32}
+OTHERS_SINGLE: dict[str, dict[str, Any]] = {
     "larger heads": {"head_dim": 512, "value_dim": 512},
+    "heads of another size": {"head_dim": 96, "value_dim": 96},
     "a group": {"q_heads": 8},
     "no window": {"window": 0, "delay": 0},
     "a wide window": {"window": 65, "delay": 65},
-    "a window too wide for fp32 gates": {"window": 33, "delay": 33, "gate_dtype": torch.float32},
+    "fp32 gates with heads of 256": {"gate_dtype": torch.float32},
     **{
         name: OTHERS[name]
         for name in ("another GPU", "fp16", "values of another size", "many slots", "packed sequences")
@@ -76,30 +77,34 @@ OTHERS_LARGE: dict[str, dict[str, Any]] = {
 def test_they_are_chosen_where_they_serve() -> None:
     from nha_kernels.fused.forward import ForwardConfig, choose
     from nha_kernels.fused.resident import ResidentConfig, why_not_resident
-    from nha_kernels.fused.resident_large import why_not_large
+    from nha_kernels.fused.resident_single import why_not_single
 
-    for served, others, why_not in ((SERVED, OTHERS, why_not_resident), (LARGE, OTHERS_LARGE, why_not_large)):
+    for served, others, why_not in ((SERVED, OTHERS, why_not_resident), (SINGLE, OTHERS_SINGLE, why_not_single)):
         assert why_not(describe(**served)) is None
         assert isinstance(choose(describe(**served), 132), ResidentConfig)
         for name, sizes in others.items():
             problem = describe(**{**served, **sizes})
             assert why_not(problem), name
             assert isinstance(choose(problem, 132), ForwardConfig), name
-    widest = describe(**{**LARGE, "window": 64, "delay": 64})
-    assert why_not_large(widest) is None
+    for head_dim in (64, 128, 256):
+        for window in (1, 40, 64):
+            sizes = dict(head_dim=head_dim, value_dim=head_dim, window=window, delay=window)
+            assert why_not_single(describe(**{**SINGLE, **sizes})) is None
+            assert why_not_resident(describe(**{**SINGLE, **sizes}))  # each call has one kernel
 
 
-@pytest.mark.parametrize("large", [False, True])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("batch", [1, 2, 32, 300])
 @pytest.mark.parametrize("tokens", [1, 512, 16384, 131072])
-def test_segments_leave_few_processors_idle(batch: int, tokens: int, large: bool) -> None:
+def test_segments_leave_few_processors_idle(batch: int, tokens: int, head_dim: int) -> None:
     from nha_kernels.fused.resident import ResidentConfig
 
-    problem = describe(**{**(LARGE if large else SERVED), "batch": batch, "sequences": batch, "tokens": tokens})
+    sizes = dict(head_dim=head_dim, value_dim=head_dim, batch=batch, sequences=batch, tokens=tokens)
+    problem = describe(**{**(SERVED if head_dim == 128 else SINGLE), **sizes})
     tiles = ResidentConfig.default(problem, 132).tiles
     assert tiles % 4 == 0
     segments = -(-tokens // (16 * tiles))
-    walks = batch * problem.kv_heads * (2 if large else 1)  # of a whole sequence
+    walks = batch * problem.kv_heads * (2 if head_dim == 256 else 1)  # of a whole sequence
     waves = -(-walks * segments // 132)
     work = walks * -(-tokens // 16)
     # Up to a wave that is not full, and what is too short to be cut.
@@ -131,7 +136,7 @@ def test_a_size_of_one_may_have_any_stride(tokens: int) -> None:
     assert len(launches) == (1 if tokens <= 64 else 3)
 
 
-@pytest.mark.parametrize("head_dim", [128, 256])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
 @pytest.mark.parametrize("final", [False, True])
 @pytest.mark.parametrize("tokens", [64, 65, 1000])
 def test_a_call_starts_behind_what_came_before_it(tokens: int, final: bool, head_dim: int) -> None:
@@ -151,10 +156,10 @@ def serve(args: Arguments, tiles: int | None = None) -> Output:
     """The call by this kernel, in segments of `tiles`, into memory that held NaN."""
     from nha_kernels.fused.forward import run
     from nha_kernels.fused.resident import ResidentConfig, why_not_resident
-    from nha_kernels.fused.resident_large import why_not_large
+    from nha_kernels.fused.resident_single import why_not_single
 
     problem: Problem = explain(**args, output_final_state=True, return_lse=True).problem
-    assert why_not_resident(problem) is None or why_not_large(problem) is None
+    assert why_not_resident(problem) is None or why_not_single(problem) is None
     inputs = inputs_of(args)
     poison = [torch.full((1 << 22,), torch.nan, device="cuda") for _ in range(4)]
     del poison
@@ -164,7 +169,24 @@ def serve(args: Arguments, tiles: int | None = None) -> Output:
 
 
 WIDE = Case(tokens=413, batch=2, window=64, kv_heads=2, group=4, head_dim=128, slots=64, gates_like_q=True)
-LARGE_HEADS = replace(WIDE, window=32, kv_heads=3, group=1, head_dim=256)
+SINGLE_HEADS = replace(WIDE, window=32, kv_heads=3, group=1, head_dim=256)
+BOTH = (WIDE, SINGLE_HEADS, replace(SINGLE_HEADS, head_dim=64))
+SINGLE_CASES: dict[str, dict[str, Any]] = {
+    "": dict(batch=1, tokens=1500),
+    ", a batch, fp32 gates": dict(gates_like_q=False),
+    ", a window of 64": dict(window=64),
+    ", a window of 40": dict(window=40, slots=40, mask=True),
+    ", a window of 63": dict(window=63, batch=1, tokens=1500),
+    ", a window of 16": dict(window=16),
+    ", a window of 1": dict(window=1, mask=True),
+    ", few slots": dict(window=21, slots=40, mask=True, scale=0.2),
+    ", shorter than the window": dict(tokens=20),
+    ", strong gates": dict(gates="strong"),
+    ", gates of 0 and -inf": dict(gates="mixed"),
+    ", spikes": dict(gates="spikes", batch=1, tokens=1500),
+    ", spikes in fp32": dict(gates="spikes", gates_like_q=False),
+    ", strong gates in fp32": dict(gates="strong", gates_like_q=False),
+}
 CASES: dict[str, Case] = {
     "one sequence": replace(WIDE, batch=1, tokens=1500),
     "a batch": WIDE,
@@ -178,21 +200,15 @@ CASES: dict[str, Case] = {
     "a group of 8": replace(WIDE, group=8),
     "a group of 5": replace(WIDE, group=5, kv_heads=1),
     "a group of 2": replace(WIDE, group=2, kv_heads=1),
-    "a group of 1, small heads": replace(WIDE, group=1, kv_heads=3, head_dim=64, window=32),
     "small heads": replace(WIDE, head_dim=64, window=32, slots=16),
     "a window of 16, few slots": replace(WIDE, window=16, slots=40, mask=True),
     "a window of 48": replace(WIDE, window=48, group=3, scale=0.2),
-    "large heads": replace(LARGE_HEADS, batch=1, tokens=1500),
-    "large heads, a batch, fp32 gates": replace(LARGE_HEADS, gates_like_q=False),
-    "large heads, a window of 64": replace(LARGE_HEADS, window=64),
-    "large heads, a window of 40": replace(LARGE_HEADS, window=40, slots=40, mask=True),
-    "large heads, a window of 63": replace(LARGE_HEADS, window=63, batch=1, tokens=1500),
-    "large heads, a window of 1": replace(LARGE_HEADS, window=1, mask=True),
-    "large heads, few slots": replace(LARGE_HEADS, window=21, slots=40, mask=True, scale=0.2),
-    "large heads, shorter than the window": replace(LARGE_HEADS, tokens=20),
-    "large heads, strong gates": replace(LARGE_HEADS, gates="strong"),
-    "large heads, gates of 0 and -inf": replace(LARGE_HEADS, gates="mixed"),
-    "large heads, spikes": replace(LARGE_HEADS, gates="spikes", gates_like_q=False),
+    **{
+        f"single heads of {head_dim}{also}": replace(SINGLE_HEADS, head_dim=head_dim, **changes)
+        for head_dim in (64, 128, 256)
+        for also, changes in SINGLE_CASES.items()
+        if head_dim < 256 or changes.get("gates_like_q", True)
+    },
 }
 
 
@@ -205,7 +221,7 @@ def test_it_is_as_exact_as_bf16_allows(name: str, tiles: int | None) -> None:
 
 
 @hopper
-@pytest.mark.parametrize("case", [WIDE, LARGE_HEADS], ids=["usual", "large"])
+@pytest.mark.parametrize("case", BOTH, ids=["group", "single heads of 256", "single heads of 64"])
 @pytest.mark.parametrize("tokens", [40, 413])
 def test_rows_whose_logits_are_all_far_below_0(tokens: int, case: Case) -> None:
     """With `mask_empty_slots` nothing but the window stands against what comes before a sequence."""
@@ -221,7 +237,9 @@ def test_rows_whose_logits_are_all_far_below_0(tokens: int, case: Case) -> None:
 @pytest.mark.parametrize(
     "name",
     ["one sequence", "a group of 7", "small heads", "a window of 48", "fp32 gates", "a window of 16, few slots",
-     "large heads", "large heads, a window of 64", "large heads, a batch, fp32 gates"],
+     "single heads of 64", "single heads of 128", "single heads of 256", "single heads of 256, a window of 64",
+     "single heads of 64, a batch, fp32 gates", "single heads of 128, spikes",
+     "single heads of 64, gates of 0 and -inf"],
 )  # fmt: skip
 def test_the_same_bits_every_time(name: str) -> None:
     """Its warps hand their work on through shared memory: a race would show as bits that change."""
@@ -234,7 +252,7 @@ def test_the_same_bits_every_time(name: str) -> None:
 
 
 @hopper
-@pytest.mark.parametrize("case", [WIDE, LARGE_HEADS], ids=["usual", "large"])
+@pytest.mark.parametrize("case", BOTH, ids=["group", "single heads of 256", "single heads of 64"])
 @pytest.mark.parametrize("gates", ["mild", "strong"])
 def test_a_token_changes_no_bit_of_the_rows_before_it(gates: str, case: Case) -> None:
     args = make(replace(case, tokens=300, batch=1, gates=gates), torch.bfloat16)
@@ -250,7 +268,7 @@ def test_a_token_changes_no_bit_of_the_rows_before_it(gates: str, case: Case) ->
 
 
 @hopper
-@pytest.mark.parametrize("case", [WIDE, LARGE_HEADS], ids=["usual", "large"])
+@pytest.mark.parametrize("case", BOTH, ids=["group", "single heads of 256", "single heads of 64"])
 def test_a_state_made_by_it_goes_on_elsewhere(case: Case) -> None:
     """A call that brings a state is for the general kernels: both must mean the same by it."""
     args = make(replace(case, batch=1, tokens=1000), torch.bfloat16)
@@ -274,7 +292,7 @@ def test_a_state_made_by_it_goes_on_elsewhere(case: Case) -> None:
 
 
 @hopper
-@pytest.mark.parametrize("case", [WIDE, LARGE_HEADS], ids=["usual", "large"])
+@pytest.mark.parametrize("case", BOTH, ids=["group", "single heads of 256", "single heads of 64"])
 def test_inputs_that_lie_badly(case: Case) -> None:
     args = make(case, torch.bfloat16)
     expected = serve(args).o
@@ -287,7 +305,7 @@ def test_inputs_that_lie_badly(case: Case) -> None:
 
 
 @hopper
-@pytest.mark.parametrize("case", [WIDE, LARGE_HEADS], ids=["usual", "large"])
+@pytest.mark.parametrize("case", BOTH, ids=["group", "single heads of 256", "single heads of 64"])
 def test_a_captured_call_takes_new_inputs(case: Case) -> None:
     args = make(replace(case, batch=1, tokens=700), torch.bfloat16)
     other = make(replace(case, batch=1, tokens=700, seed=1), torch.bfloat16)
@@ -303,7 +321,7 @@ def test_a_captured_call_takes_new_inputs(case: Case) -> None:
 
 
 @hopper
-@pytest.mark.parametrize("case", [WIDE, LARGE_HEADS], ids=["usual", "large"])
+@pytest.mark.parametrize("case", BOTH, ids=["group", "single heads of 256", "single heads of 64"])
 def test_calls_that_follow_one_another(case: Case) -> None:
     """A call's launches overlap; none may read what is still to be written, or write what is still to be read."""
     cases = [make(replace(case, batch=1, tokens=700, seed=seed), torch.bfloat16) for seed in range(4)]

@@ -10,6 +10,7 @@ from typing import Any
 from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
@@ -29,6 +30,7 @@ __all__ = [
     "gluon",
     "load_async",
     "mbarrier",
+    "mma_v2",
     "store_async",
     "store_wait",
     "tile_layout",

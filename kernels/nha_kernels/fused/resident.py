@@ -56,13 +56,14 @@ TOKENS = gl.constexpr(16)  # of a tile, and of a block of the ring
 HEADS = gl.constexpr(4)  # query heads of a tile
 # By head size: programs that share the columns of the values, and registers of a thread of an output partition.
 PROGRAMS = {64: 1, 128: 1, 256: 2}
-REGISTERS = {64: 184, 128: 152, 256: 168}
+REGISTERS = {64: 184, 128: 152}
+REGISTERS_SINGLE = {64: 184, 128: 168, 256: 152}  # of `resident_single`
 RING = gl.constexpr(8)  # R: WB + 2 at the least, and as many as G less one, or a wait could miss its turn
 
 
 @dataclass(frozen=True, slots=True)
 class ResidentConfig:
-    """How a kernel with the slots on the chip is launched: this one, or the one of `resident_large`.
+    """How a kernel with the slots on the chip is launched: this one, or the one of `resident_single`.
 
     tiles: of 16 tokens, that a program walks: its segment, a multiple of 4. registers: of a thread of an output
     partition; the state's get what is left.
@@ -101,7 +102,8 @@ class ResidentConfig:
 
         whole = segment(0)
         tiles = min((whole, *(segment(waves) for waves in range(1, 9))), key=cost)
-        return cls(tiles, REGISTERS[problem.head_dim])
+        registers = REGISTERS_SINGLE if problem.group == 1 else REGISTERS
+        return cls(tiles, registers[problem.head_dim])
 
 
 def first_reason(problem: Problem, *limits: tuple[bool, str]) -> str | None:
@@ -128,7 +130,7 @@ def why_not_resident(problem: Problem) -> str | None:
         problem,
         (problem.head_dim == problem.value_dim and problem.head_dim in (64, 128), "takes D = Dv = 64 or 128"),
         (problem.window in (16, 32, 48, 64), "takes W of 16, 32, 48 or 64"),
-        (problem.group <= 8, "takes groups of up to 8 query heads"),
+        (2 <= problem.group <= 8, "takes groups of 2 to 8 query heads"),
     )
 
 
@@ -474,7 +476,7 @@ def resident_launches(
     problem: Problem, inputs: Inputs, config: ResidentConfig, last: Callable[..., Launch] = resident_launch
 ) -> tuple[list[Launch], Tensor, Tensor | None, Tensor | None]:
     """The launches in order, and what they fill: o [B, T, HQ, D], and if asked for lse [B, T, HQ] and the final slots
-    [B, H, M, 2 D], both fp32. `last`: which kernel makes o, `resident_launch` or `large_launch`."""
+    [B, H, M, 2 D], both fp32. `last`: which kernel makes o, `resident_launch` or `single_launch`."""
     batch, tokens, heads, dim = problem.batch, problem.tokens, problem.kv_heads, problem.head_dim
     device = inputs.q.device
     q, k, v, g = (aligned(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g))

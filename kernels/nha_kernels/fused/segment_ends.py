@@ -1,5 +1,5 @@
 """The slots at the start of each segment, for a kernel that then walks the segments side by side (`resident`,
-`resident_large`).
+`resident_single`).
 
 Every segment's own contribution, from zero (`ends_kernel`), and a scan over them (`scan_kernel` of `states`): keys and
 values are read once, and a state is written for each segment only. In Gluon, for Hopper.
@@ -69,26 +69,30 @@ def absorb_weights(b_g, b_strength, acc: gl.constexpr):
 @gluon.jit(do_not_specialize=["T", "end", "blocks", "segments", "programs", "start"])
 def ends_kernel(
     d_k, d_v, p_g, p_ends, p_totals, T, end, start, blocks, segments, programs,
-    H: gl.constexpr, D: gl.constexpr, M: gl.constexpr,
+    H: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, M: gl.constexpr,
 ):  # fmt: skip
-    """What the `blocks` * STEP tokens of one segment leave in one kv head's slots, from zero.
+    """What the `blocks` * STEP tokens of one segment leave in COLUMNS columns of K~ and V~ of one kv head, from zero.
 
     Segment s of a sequence begins at token start + s * blocks * STEP; tokens before 0 and from `end` on do not enter.
     d_k, d_v: [N, end, H, D]; p_ends [N * segments, H, M, 2 D] and p_totals [N * segments, H, M] fp32, as `scan_kernel`
     takes them, of the first `programs` segments of each sequence.
     """
     # Two warpgroups: they share the gates' arithmetic, which takes longer than the products.
-    acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, D // 2, 16])
+    acc: gl.constexpr = gl.NVMMADistributedLayout(
+        version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, COLUMNS // 2, 16]
+    )
     gates: gl.constexpr = gl.BlockedLayout([STEP // 4, 1], [4, 8], [1, 8], [1, 0])  # [STEP, BM]
     # At once: no program of the next kernel takes room from this one's, which have all started by then.
     start_next()
-    h = gl.program_id(0) % H
-    n = gl.program_id(0) // H // programs
-    index = gl.program_id(0) // H % programs
+    column = gl.program_id(0) % (D // COLUMNS) * COLUMNS
+    program = gl.program_id(0) // (D // COLUMNS)
+    h = program % H
+    n = program // H // programs
+    index = program // H % programs
     t0 = start + index * blocks * STEP
 
-    s_k = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, STEP, 1, D], tile_layout(4))
-    s_v = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, STEP, 1, D], tile_layout(4))
+    s_k = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, STEP, 1, COLUMNS], tile_layout(4))
+    s_v = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, STEP, 1, COLUMNS], tile_layout(4))
     s_weight = gl.allocate_shared_memory(gl.bfloat16, [STEP, BM], tile_layout(2))
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for x in gl.static_range(STAGES):
@@ -96,12 +100,12 @@ def ends_kernel(
     fence_async_shared()
     barrier()
     for x in gl.static_range(STAGES):
-        mbarrier.expect(full.index(x), 2 * STEP * D * 2, pred=x < blocks)
-        load_async(d_k, [n, t0 + x * STEP, h, 0], full.index(x), s_k.index(x), pred=x < blocks)
-        load_async(d_v, [n, t0 + x * STEP, h, 0], full.index(x), s_v.index(x), pred=x < blocks)
+        mbarrier.expect(full.index(x), 2 * STEP * COLUMNS * 2, pred=x < blocks)
+        load_async(d_k, [n, t0 + x * STEP, h, column], full.index(x), s_k.index(x), pred=x < blocks)
+        load_async(d_v, [n, t0 + x * STEP, h, column], full.index(x), s_v.index(x), pred=x < blocks)
 
-    b_k = gl.zeros([BM, D], gl.float32, acc)
-    b_v = gl.zeros([BM, D], gl.float32, acc)
+    b_k = gl.zeros([BM, COLUMNS], gl.float32, acc)
+    b_v = gl.zeros([BM, COLUMNS], gl.float32, acc)
     b_sum = gl.zeros([BM], gl.float32, gl.SliceLayout(0, gates))
     b_next = load_gates(p_g, n, h, t0, end, T, H, M, gates)  # [STEP, BM]
     for x in range(blocks):
@@ -117,24 +121,24 @@ def ends_kernel(
         place = x % STAGES
         mbarrier.wait(full.index(place), (x // STAGES) & 1)
         s_left = s_weight.permute((1, 0))  # [BM, STEP]
-        b_k = warpgroup_mma(s_left, s_k.index(place).reshape([STEP, D]), b_k, is_async=True)
-        b_v = warpgroup_mma(s_left, s_v.index(place).reshape([STEP, D]), b_v, is_async=True)
+        b_k = warpgroup_mma(s_left, s_k.index(place).reshape([STEP, COLUMNS]), b_k, is_async=True)
+        b_v = warpgroup_mma(s_left, s_v.index(place).reshape([STEP, COLUMNS]), b_v, is_async=True)
         b_k, b_v = warpgroup_mma_wait(0, deps=[b_k, b_v])
         barrier()  # all warps are done with this place
         ahead = x + STAGES < blocks
-        mbarrier.expect(full.index(place), 2 * STEP * D * 2, pred=ahead)
-        load_async(d_k, [n, t0 + (x + STAGES) * STEP, h, 0], full.index(place), s_k.index(place), pred=ahead)
-        load_async(d_v, [n, t0 + (x + STAGES) * STEP, h, 0], full.index(place), s_v.index(place), pred=ahead)
+        mbarrier.expect(full.index(place), 2 * STEP * COLUMNS * 2, pred=ahead)
+        load_async(d_k, [n, t0 + (x + STAGES) * STEP, h, column], full.index(place), s_k.index(place), pred=ahead)
+        load_async(d_v, [n, t0 + (x + STAGES) * STEP, h, column], full.index(place), s_v.index(place), pred=ahead)
 
     m = gl.arange(0, BM, layout=gl.SliceLayout(1, acc))
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, acc))
+    d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, acc))
     row = ((n * segments + index).to(gl.int64) * H + h) * M
-    p_row = p_ends + (row + m)[:, None] * (2 * D) + d[None, :]
-    m_row = (m < M)[:, None] & (d < D)[None, :]
+    p_row = p_ends + (row + m)[:, None] * (2 * D) + column + d[None, :]
+    m_row = (m < M)[:, None] & (d < COLUMNS)[None, :]
     gl.store(p_row, b_k, mask=m_row)
     gl.store(p_row + D, b_v, mask=m_row)
     slot = gl.arange(0, BM, layout=gl.SliceLayout(0, gates))
-    gl.store(p_totals + row + slot, b_sum, mask=slot < M)
+    gl.store(p_totals + row + slot, b_sum, mask=(slot < M) & (column == 0))
 
 
 def ends_launches(
@@ -155,13 +159,14 @@ def ends_launches(
     before = torch.empty(batch * segments, heads, slots, 2 * dim, dtype=torch.float32, device=k.device)
     totals = torch.empty(batch * segments, heads, slots, dtype=torch.float32, device=k.device)
     programs = segments if final is not None else segments - 1  # what follows the last segment is not needed
-    box = [1, STEP.value, 1, dim]
+    columns = min(dim, 128)  # a program's: with large heads there are few segments, and so few programs
+    box = [1, STEP.value, 1, columns]
     arguments = dict(
         d_k=descriptor(k[:, :entered], box), d_v=descriptor(v[:, :entered], box), p_g=g, p_ends=before,
         p_totals=totals, T=tokens, end=entered, start=-problem.delay, blocks=length // STEP.value, segments=segments,
-        programs=programs, H=heads, D=dim, M=slots,
+        programs=programs, H=heads, D=dim, COLUMNS=columns, M=slots,
     )  # fmt: skip
     return [
-        Launch(ends_kernel, (batch * programs * heads,), arguments, {"num_warps": 8}),
+        Launch(ends_kernel, (batch * programs * heads * (dim // columns),), arguments, {"num_warps": 8}),
         scan_launch(problem, NO_PIECES, before, totals, None, final, segments, early=True),
     ], before
