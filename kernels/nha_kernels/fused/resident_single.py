@@ -270,7 +270,7 @@ def state_partition(
 
 @gluon.jit
 def zero_of(s_zero, x: gl.constexpr):
-    """0, but not for the compiler: it would keep an address for each product in a register from tile to tile."""
+    """0, but not for the compiler, which would else keep the address of each product in registers from tile to tile."""
     return gl.max(s_zero.slice(x, 1).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
 
 
@@ -309,21 +309,22 @@ def output_partition(
         while part < steps:
             # Rows of the tile. From memory, so that no mask made of them is kept in registers from tile to tile.
             t = s_row.load(of_slots)[:, None]
-            zeros = ()
-            for x in gl.static_range(6):
-                zeros = zeros + (zero_of(s_zero, x),)
+            at_own = zero_of(s_zero, 0)
+            at_slots = zero_of(s_zero, 1)
+            at_next = zero_of(s_zero, 2)
+            at_factor = zero_of(s_zero, 3)
+            at_new = zero_of(s_zero, 4)
+            at_values = zero_of(s_zero, 5)
             mbarrier.wait(slots_full.index(0), turn & 1)
-            s_key = s_k.index(i % R + zeros[0]).reshape([TOKENS, D]).permute((1, 0))
-            b_own = warpgroup_mma(s_q.index(zeros[0]).reshape([TOKENS, D]), s_key, b_zero, use_acc=False, is_async=True)
-            s_key = s_slot_k.index(zeros[1]).permute((1, 0))
+            s_key = s_k.index(i % R + at_own).reshape([TOKENS, D]).permute((1, 0))
+            b_own = warpgroup_mma(s_q.index(at_own).reshape([TOKENS, D]), s_key, b_zero, use_acc=False, is_async=True)
+            s_key = s_slot_k.index(at_slots).permute((1, 0))
             b_slot = warpgroup_mma(
-                s_q.index(zeros[1]).reshape([TOKENS, D]), s_key, b_zero, use_acc=False, is_async=True
+                s_q.index(at_slots).reshape([TOKENS, D]), s_key, b_zero, use_acc=False, is_async=True
             )
-            s_key = s_k.index((i + 1) % R + zeros[2]).reshape([TOKENS, D]).slice(0, NEXT).permute((1, 0))
+            s_key = s_k.index((i + 1) % R + at_next).reshape([TOKENS, D]).slice(0, NEXT).permute((1, 0))
             b_next = gl.zeros([TOKENS, NEXT], gl.float32, nexts)
-            b_next = warpgroup_mma(
-                s_q.index(zeros[2]).reshape([TOKENS, D]), s_key, b_next, use_acc=False, is_async=True
-            )
+            b_next = warpgroup_mma(s_q.index(at_next).reshape([TOKENS, D]), s_key, b_next, use_acc=False, is_async=True)
             b_own, b_slot, b_next = warpgroup_mma_wait(0, deps=(b_own, b_slot, b_next))
             # Of the first 64 tokens those up to a row are in its slots, those after it in its window.
             b_pair = gl.convert_layout(gl.where(j <= t, b_own, 0.0).to(bf16), left)
@@ -334,7 +335,7 @@ def output_partition(
             last = part + 1 == steps
             mbarrier.arrive(q_free.index(0), count=1, pred=last)
             mbarrier.arrive(k_free.index(i % R), count=1, pred=last)
-            b_slot = warpgroup_mma(b_pair, s_factor.index(zeros[3]), b_slot, is_async=True)
+            b_slot = warpgroup_mma(b_pair, s_factor.index(at_factor), b_slot, is_async=True)
             b_own = gl.where(j <= gl.maximum(t, W - 1 - first), -inf, b_own)  # and none before the sequence
             if W < TOKENS:
                 b_own = gl.where(j <= t + W, b_own, -inf)
@@ -352,7 +353,7 @@ def output_partition(
             b_sum = gl.sum(b_slot, 1)  # [TOKENS]
             b_slot = gl.convert_layout((b_slot * b_decay).to(bf16), left)
             # What the slots weigh of the first 64 tokens.
-            s_right = s_factor.index(zeros[4]).permute((1, 0))
+            s_right = s_factor.index(at_new).permute((1, 0))
             b_new = warpgroup_mma(b_slot, s_right, b_zero, use_acc=False, is_async=True)
             b_own = gl.exp2(b_own * to_log2 - b_max[:, None])
             b_next = gl.exp2(b_next * to_log2 - gl.convert_layout(b_max, of_nexts)[:, None])
@@ -365,10 +366,10 @@ def output_partition(
 
             # The values.
             b_o = gl.zeros([TOKENS, DV], gl.float32, values)
-            b_o = warpgroup_mma(b_slot, s_slot_v.index(zeros[5]), b_o, use_acc=False, is_async=True)
-            s_value = s_v.index((i + 1) % R + zeros[5]).reshape([TOKENS, DV]).slice(0, NEXT)
+            b_o = warpgroup_mma(b_slot, s_slot_v.index(at_values), b_o, use_acc=False, is_async=True)
+            s_value = s_v.index((i + 1) % R + at_values).reshape([TOKENS, DV]).slice(0, NEXT)
             b_o = warpgroup_mma(b_next, s_value, b_o, is_async=True)
-            b_o = warpgroup_mma(b_own, s_v.index(i % R + zeros[5]).reshape([TOKENS, DV]), b_o, is_async=True)
+            b_o = warpgroup_mma(b_own, s_v.index(i % R + at_values).reshape([TOKENS, DV]), b_o, is_async=True)
             b_o = warpgroup_mma_wait(0, deps=(b_o, b_slot, b_next, b_own))[0]
             barrier()
             mbarrier.arrive(rest_free.index(0), count=1)
