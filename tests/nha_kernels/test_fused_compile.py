@@ -22,10 +22,12 @@ from .sass import early_reads, hazards
 
 # Shared memory that a block may have: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Bytes that a kernel's code may move from registers to memory: of an output partition ten registers, of which some two
-# are moved in every tile; of a state of heads of 256, whose accumulators alone are more than half of what a thread has,
-# some seventy.
-SPILLED = {"ends_kernel": 0, "resident_kernel": 80, "single_kernel": 300}
+# Bytes that a kernel's code may move from registers to memory. Usual heads: ten registers in each output partition, of
+# which some two are moved in every tile. Large heads: its accumulators alone are more than half of what a thread has,
+# and some 150 moves in every tile are what it pays for that. Single heads: some seventy, for the same reason; and with
+# fp32 gates what the warp that counts the steps of a tile needs beyond its share.
+SPILLED = {"ends_kernel": 0, "resident_kernel": 80, "large_kernel": 900, "single_kernel": 300}
+SPILLED_WITH_FP32_GATES = {**SPILLED, "single_kernel": 1300}
 # From 3.9 on Triton calls ptxas 13 for sm_90, for which these kernels need too many registers: right all the same, but
 # slow.
 FAST = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -63,11 +65,14 @@ def test_every_variant_compiles(dtype: str, capability: int) -> None:
 def test_every_resident_variant_compiles(name: str) -> None:
     """The kernels for Hopper alone; what their speed and their results hang on is read from the compiler's output."""
     rows = compiled("resident", name)
+    single = "-NG1-" in name and name != "D256-NG1-W32-float32"
     assert [(row["kernel"], row["between_launches"]) for row in rows] == [
         ("ends_kernel", ["launch_dependents"]),
         ("scan_kernel", ["launch_dependents", "wait"]),
-        ("single_kernel" if "-NG1-" in name else "resident_kernel", ["wait"]),
+        ("large_kernel" if name.startswith("D256") else "resident_kernel", ["wait"]),
+        *([("single_kernel", ["wait"])] if single else []),
     ]
+    spilled = SPILLED_WITH_FP32_GATES if name.endswith("float32") else SPILLED
     for row in rows:
         sass = row.pop("sass")
         assert row["target"] == "sm_90"
@@ -79,7 +84,7 @@ def test_every_resident_variant_compiles(name: str) -> None:
             continue
         if FAST:
             assert row["serialised"] == []  # wgmmas that ptxas made wait for one another
-            assert row["spilled"] <= SPILLED[row["kernel"]], row
+            assert row["spilled"] <= spilled[row["kernel"]], row
         assert "HGMMA" in sass
         assert hazards(sass) == []
 

@@ -58,15 +58,14 @@ OTHERS: dict[str, dict[str, Any]] = {
 }
 
 
-# The same of the kernel for one query head a kv head.
-SINGLE = {**SERVED, "head_dim": 256, "value_dim": 256, "q_heads": 4, "kv_heads": 4, "window": 32, "delay": 32}
-OTHERS_SINGLE: dict[str, dict[str, Any]] = {
+# The same of the kernel for large heads.
+LARGE = {**SERVED, "head_dim": 256, "value_dim": 256, "q_heads": 4, "kv_heads": 4, "window": 32, "delay": 32}
+OTHERS_LARGE: dict[str, dict[str, Any]] = {
     "larger heads": {"head_dim": 512, "value_dim": 512},
-    "heads of another size": {"head_dim": 96, "value_dim": 96},
     "a group": {"q_heads": 8},
     "no window": {"window": 0, "delay": 0},
     "a wide window": {"window": 65, "delay": 65},
-    "fp32 gates with heads of 256": {"gate_dtype": torch.float32},
+    "a window too wide for fp32 gates": {"window": 33, "delay": 33, "gate_dtype": torch.float32},
     **{
         name: OTHERS[name]
         for name in ("another GPU", "fp16", "values of another size", "many slots", "packed sequences")
@@ -74,37 +73,55 @@ OTHERS_SINGLE: dict[str, dict[str, Any]] = {
 }
 
 
+# And of the one for one query head a kv head, which is not chosen yet.
+SINGLE = {**SERVED, "q_heads": 8}
+OTHERS_SINGLE: dict[str, dict[str, Any]] = {
+    "a group": {"q_heads": 16},
+    "a narrow window": {"window": 15, "delay": 15},
+    "a wide window": {"window": 65, "delay": 65},
+    "fp32 gates with heads of 256": {"head_dim": 256, "value_dim": 256, "gate_dtype": torch.float32},
+    **{name: OTHERS[name] for name in ("another GPU", "fp16", "values of another size", "packed sequences", "a state")},
+}
+
+
+def test_what_the_kernel_for_single_heads_takes() -> None:
+    from nha_kernels.fused.resident_single import why_not_single
+
+    for head_dim in (64, 128, 256):
+        for window in (16, 40, 64):
+            sizes = dict(head_dim=head_dim, value_dim=head_dim, window=window, delay=window)
+            assert why_not_single(describe(**{**SINGLE, **sizes})) is None
+    for name, sizes in OTHERS_SINGLE.items():
+        assert why_not_single(describe(**{**SINGLE, **sizes})), name
+
+
 def test_they_are_chosen_where_they_serve() -> None:
     from nha_kernels.fused.forward import ForwardConfig, choose
     from nha_kernels.fused.resident import ResidentConfig, why_not_resident
-    from nha_kernels.fused.resident_single import why_not_single
+    from nha_kernels.fused.resident_large import why_not_large
 
-    for served, others, why_not in ((SERVED, OTHERS, why_not_resident), (SINGLE, OTHERS_SINGLE, why_not_single)):
+    for served, others, why_not in ((SERVED, OTHERS, why_not_resident), (LARGE, OTHERS_LARGE, why_not_large)):
         assert why_not(describe(**served)) is None
         assert isinstance(choose(describe(**served), 132), ResidentConfig)
         for name, sizes in others.items():
             problem = describe(**{**served, **sizes})
             assert why_not(problem), name
             assert isinstance(choose(problem, 132), ForwardConfig), name
-    for head_dim in (64, 128, 256):
-        for window in (1, 40, 64):
-            sizes = dict(head_dim=head_dim, value_dim=head_dim, window=window, delay=window)
-            assert why_not_single(describe(**{**SINGLE, **sizes})) is None
-            assert why_not_resident(describe(**{**SINGLE, **sizes}))  # each call has one kernel
+    widest = describe(**{**LARGE, "window": 64, "delay": 64})
+    assert why_not_large(widest) is None
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("large", [False, True])
 @pytest.mark.parametrize("batch", [1, 2, 32, 300])
 @pytest.mark.parametrize("tokens", [1, 512, 16384, 131072])
-def test_segments_leave_few_processors_idle(batch: int, tokens: int, head_dim: int) -> None:
+def test_segments_leave_few_processors_idle(batch: int, tokens: int, large: bool) -> None:
     from nha_kernels.fused.resident import ResidentConfig
 
-    sizes = dict(head_dim=head_dim, value_dim=head_dim, batch=batch, sequences=batch, tokens=tokens)
-    problem = describe(**{**(SERVED if head_dim == 128 else SINGLE), **sizes})
+    problem = describe(**{**(LARGE if large else SERVED), "batch": batch, "sequences": batch, "tokens": tokens})
     tiles = ResidentConfig.default(problem, 132).tiles
     assert tiles % 4 == 0
     segments = -(-tokens // (16 * tiles))
-    walks = batch * problem.kv_heads * (2 if head_dim == 256 else 1)  # of a whole sequence
+    walks = batch * problem.kv_heads * (2 if large else 1)  # of a whole sequence
     waves = -(-walks * segments // 132)
     work = walks * -(-tokens // 16)
     # Up to a wave that is not full, and what is too short to be cut.
@@ -136,7 +153,7 @@ def test_a_size_of_one_may_have_any_stride(tokens: int) -> None:
     assert len(launches) == (1 if tokens <= 64 else 3)
 
 
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("head_dim", [128, 256])
 @pytest.mark.parametrize("final", [False, True])
 @pytest.mark.parametrize("tokens", [64, 65, 1000])
 def test_a_call_starts_behind_what_came_before_it(tokens: int, final: bool, head_dim: int) -> None:
@@ -152,41 +169,57 @@ def test_a_call_starts_behind_what_came_before_it(tokens: int, final: bool, head
     assert (launches[-1].arguments["p_before"] is not None) == (len(launches) > 1)  # only then does it wait
 
 
-def serve(args: Arguments, tiles: int | None = None) -> Output:
-    """The call by this kernel, in segments of `tiles`, into memory that held NaN."""
+def serve(args: Arguments, tiles: int | None = None, *, single: bool = False) -> Output:
+    """The call by the kernel that serves it, or by the one for single heads, in segments of `tiles`, into memory that
+    held NaN."""
     from nha_kernels.fused.forward import run
     from nha_kernels.fused.resident import ResidentConfig, why_not_resident
-    from nha_kernels.fused.resident_single import why_not_single
+    from nha_kernels.fused.resident_large import why_not_large
+    from nha_kernels.fused.resident_single import SingleConfig, why_not_single
 
     problem: Problem = explain(**args, output_final_state=True, return_lse=True).problem
-    assert why_not_resident(problem) is None or why_not_single(problem) is None
     inputs = inputs_of(args)
+    config = (SingleConfig if single else ResidentConfig).default(problem, 132)
+    if single:
+        assert why_not_single(problem) is None
+    else:
+        assert why_not_resident(problem) is None or why_not_large(problem) is None
+    if tiles is not None:
+        config = replace(config, tiles=tiles)
     poison = [torch.full((1 << 22,), torch.nan, device="cuda") for _ in range(4)]
     del poison
-    result = run(problem, inputs, None if tiles is None else ResidentConfig(tiles))
+    result = run(problem, inputs, config)
     assert result.lse is not None
     return Output(result.o, advance(problem, inputs, result), result.lse)
 
 
 WIDE = Case(tokens=413, batch=2, window=64, kv_heads=2, group=4, head_dim=128, slots=64, gates_like_q=True)
-SINGLE_HEADS = replace(WIDE, window=32, kv_heads=3, group=1, head_dim=256)
-BOTH = (WIDE, SINGLE_HEADS, replace(SINGLE_HEADS, head_dim=64))
+LARGE_HEADS = replace(WIDE, window=32, kv_heads=3, group=1, head_dim=256)
+SINGLE_HEADS = replace(LARGE_HEADS, head_dim=64)
 SINGLE_CASES: dict[str, dict[str, Any]] = {
-    "": dict(batch=1, tokens=1500),
-    ", a batch, fp32 gates": dict(gates_like_q=False),
-    ", a window of 64": dict(window=64),
-    ", a window of 40": dict(window=40, slots=40, mask=True),
-    ", a window of 63": dict(window=63, batch=1, tokens=1500),
-    ", a window of 16": dict(window=16),
-    ", a window of 1": dict(window=1, mask=True),
-    ", few slots": dict(window=21, slots=40, mask=True, scale=0.2),
-    ", shorter than the window": dict(tokens=20),
-    ", strong gates": dict(gates="strong"),
-    ", gates of 0 and -inf": dict(gates="mixed"),
-    ", spikes": dict(gates="spikes", batch=1, tokens=1500),
-    ", spikes in fp32": dict(gates="spikes", gates_like_q=False),
-    ", strong gates in fp32": dict(gates="strong", gates_like_q=False),
+    "one sequence": dict(batch=1, tokens=1500),
+    "a batch": {},
+    "fp32 gates": dict(gates_like_q=False),
+    "a window of 64": dict(window=64),
+    "a window of 40": dict(window=40, slots=40, mask=True),
+    "a window of 63": dict(window=63, batch=1, tokens=1500),
+    "a window of 16": dict(window=16),
+    "few slots": dict(window=21, slots=40, mask=True, scale=0.2),
+    "shorter than the window": dict(tokens=20),
+    "strong gates": dict(gates="strong"),
+    "gates of 0 and -inf": dict(gates="mixed"),
+    "spikes": dict(gates="spikes", batch=1, tokens=1500),
+    "spikes in fp32": dict(gates="spikes", gates_like_q=False),
+    "strong gates in fp32": dict(gates="strong", gates_like_q=False),
 }
+BY_KERNEL = pytest.mark.parametrize(
+    ("case", "single"),
+    [
+        pytest.param(WIDE, False, id="usual"),
+        pytest.param(LARGE_HEADS, False, id="large"),
+        *(pytest.param(replace(SINGLE_HEADS, head_dim=d), True, id=f"single-{d}") for d in (64, 128, 256)),
+    ],
+)
 CASES: dict[str, Case] = {
     "one sequence": replace(WIDE, batch=1, tokens=1500),
     "a batch": WIDE,
@@ -200,15 +233,21 @@ CASES: dict[str, Case] = {
     "a group of 8": replace(WIDE, group=8),
     "a group of 5": replace(WIDE, group=5, kv_heads=1),
     "a group of 2": replace(WIDE, group=2, kv_heads=1),
+    "a group of 1, small heads": replace(WIDE, group=1, kv_heads=3, head_dim=64, window=32),
     "small heads": replace(WIDE, head_dim=64, window=32, slots=16),
     "a window of 16, few slots": replace(WIDE, window=16, slots=40, mask=True),
     "a window of 48": replace(WIDE, window=48, group=3, scale=0.2),
-    **{
-        f"single heads of {head_dim}{also}": replace(SINGLE_HEADS, head_dim=head_dim, **changes)
-        for head_dim in (64, 128, 256)
-        for also, changes in SINGLE_CASES.items()
-        if head_dim < 256 or changes.get("gates_like_q", True)
-    },
+    "large heads": replace(LARGE_HEADS, batch=1, tokens=1500),
+    "large heads, a batch, fp32 gates": replace(LARGE_HEADS, gates_like_q=False),
+    "large heads, a window of 64": replace(LARGE_HEADS, window=64),
+    "large heads, a window of 40": replace(LARGE_HEADS, window=40, slots=40, mask=True),
+    "large heads, a window of 63": replace(LARGE_HEADS, window=63, batch=1, tokens=1500),
+    "large heads, a window of 1": replace(LARGE_HEADS, window=1, mask=True),
+    "large heads, few slots": replace(LARGE_HEADS, window=21, slots=40, mask=True, scale=0.2),
+    "large heads, shorter than the window": replace(LARGE_HEADS, tokens=20),
+    "large heads, strong gates": replace(LARGE_HEADS, gates="strong"),
+    "large heads, gates of 0 and -inf": replace(LARGE_HEADS, gates="mixed"),
+    "large heads, spikes": replace(LARGE_HEADS, gates="spikes", gates_like_q=False),
 }
 
 
@@ -221,25 +260,73 @@ def test_it_is_as_exact_as_bf16_allows(name: str, tiles: int | None) -> None:
 
 
 @hopper
-@pytest.mark.parametrize("case", BOTH, ids=["group", "single heads of 256", "single heads of 64"])
+@pytest.mark.parametrize("tiles", [4, 8, 128, None])
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("name", SINGLE_CASES)
+def test_single_heads_are_as_exact_as_bf16_allows(name: str, head_dim: int, tiles: int | None) -> None:
+    case = replace(SINGLE_HEADS, head_dim=head_dim, **SINGLE_CASES[name])
+    if head_dim == 256 and not case.gates_like_q:
+        pytest.skip("the kernel takes gates of 16 bits with heads of 256")
+    args = make(case, torch.bfloat16)
+    judge(args).accept(serve(args, tiles, single=True))
+
+
+def strong_in_places(case: Case) -> Arguments:
+    """Tiles that are taken in by several steps, of one part or of more, among tiles that are taken in at once."""
+    args = make(replace(case, tokens=900), torch.bfloat16)
+    args["g"][0, 200:230, 1] = -60.0
+    args["g"][:, 500, :, ::2] = -torch.inf
+    args["g"][1, 700:860, 2, 5] = -4.0
+    args["g"][1, 64:128, 0, 7] = -2.5
+    return args
+
+
+@hopper
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("gates_like_q", [True, False])
+def test_gates_that_are_strong_in_places(head_dim: int, gates_like_q: bool) -> None:
+    if head_dim == 256 and not gates_like_q:
+        pytest.skip("the kernel takes gates of 16 bits with heads of 256")
+    args = strong_in_places(replace(SINGLE_HEADS, head_dim=head_dim, gates_like_q=gates_like_q))
+    for tiles in (4, 16, None):
+        judge(args).accept(serve(args, tiles, single=True))
+    first = parts(serve(args, 16, single=True))
+    for _ in range(40):
+        assert all(torch.equal(x, first[key]) for key, x in parts(serve(args, 16, single=True)).items())
+
+
+@hopper
+@pytest.mark.parametrize("window", [16, 32, 64])
+def test_strong_gates_to_come_change_no_bit(window: int) -> None:
+    """How a tile is taken in hangs on its gates, some of which are of tokens later than its first rows."""
+    args = strong_in_places(replace(SINGLE_HEADS, window=window, head_dim=64))
+    expected = serve(args, 16, single=True)
+    for at in range(320, 450, 3):
+        changed = {**args, "g": args["g"].clone()}
+        changed["g"][:, at : at + 20] = -60.0
+        after = serve(changed, 16, single=True)
+        assert torch.equal(after.o[:, :at], expected.o[:, :at])
+        assert torch.equal(after.lse[:, :at], expected.lse[:, :at])
+
+
+@hopper
+@BY_KERNEL
 @pytest.mark.parametrize("tokens", [40, 413])
-def test_rows_whose_logits_are_all_far_below_0(tokens: int, case: Case) -> None:
+def test_rows_whose_logits_are_all_far_below_0(tokens: int, case: Case, single: bool) -> None:
     """With `mask_empty_slots` nothing but the window stands against what comes before a sequence."""
     args = make(replace(case, tokens=tokens, mask=True), torch.bfloat16)
     direction = torch.randn(case.head_dim, device="cuda", dtype=torch.bfloat16)
     args["q"], args["k"] = args["q"] + 4 * direction, args["k"] - 4 * direction
     right = judge(args)
     assert right.answer.lse[:, :30].max() < -88
-    right.accept(serve(args))
+    right.accept(serve(args, single=single))
 
 
 @hopper
 @pytest.mark.parametrize(
     "name",
     ["one sequence", "a group of 7", "small heads", "a window of 48", "fp32 gates", "a window of 16, few slots",
-     "single heads of 64", "single heads of 128", "single heads of 256", "single heads of 256, a window of 64",
-     "single heads of 64, a batch, fp32 gates", "single heads of 128, spikes",
-     "single heads of 64, gates of 0 and -inf"],
+     "large heads", "large heads, a window of 64", "large heads, a batch, fp32 gates"],
 )  # fmt: skip
 def test_the_same_bits_every_time(name: str) -> None:
     """Its warps hand their work on through shared memory: a race would show as bits that change."""
@@ -252,23 +339,23 @@ def test_the_same_bits_every_time(name: str) -> None:
 
 
 @hopper
-@pytest.mark.parametrize("case", BOTH, ids=["group", "single heads of 256", "single heads of 64"])
+@BY_KERNEL
 @pytest.mark.parametrize("gates", ["mild", "strong"])
-def test_a_token_changes_no_bit_of_the_rows_before_it(gates: str, case: Case) -> None:
+def test_a_token_changes_no_bit_of_the_rows_before_it(gates: str, case: Case, single: bool) -> None:
     args = make(replace(case, tokens=300, batch=1, gates=gates), torch.bfloat16)
-    before = serve(args, 4)
+    before = serve(args, 4, single=single)
     for at in (17, 130, 299):
         changed = {name: args[name].clone() for name in ("q", "k", "v", "g")}
         for name, x in changed.items():
             x[:, at] = -3.0 if name == "g" else 2.0
-        after = serve({**args, **changed}, 4)
+        after = serve({**args, **changed}, 4, single=single)
         assert torch.equal(after.o[:, :at], before.o[:, :at])
         assert torch.equal(after.lse[:, :at], before.lse[:, :at])
         assert not torch.equal(after.o[:, at:], before.o[:, at:])
 
 
 @hopper
-@pytest.mark.parametrize("case", BOTH, ids=["group", "single heads of 256", "single heads of 64"])
+@pytest.mark.parametrize("case", [WIDE, LARGE_HEADS], ids=["usual", "large"])
 def test_a_state_made_by_it_goes_on_elsewhere(case: Case) -> None:
     """A call that brings a state is for the general kernels: both must mean the same by it."""
     args = make(replace(case, batch=1, tokens=1000), torch.bfloat16)
@@ -292,20 +379,20 @@ def test_a_state_made_by_it_goes_on_elsewhere(case: Case) -> None:
 
 
 @hopper
-@pytest.mark.parametrize("case", BOTH, ids=["group", "single heads of 256", "single heads of 64"])
-def test_inputs_that_lie_badly(case: Case) -> None:
+@BY_KERNEL
+def test_inputs_that_lie_badly(case: Case, single: bool) -> None:
     args = make(case, torch.bfloat16)
-    expected = serve(args).o
+    expected = serve(args, single=single).o
     odd = {name: torch.cat((args[name].flatten()[:1], args[name].flatten()))[1:] for name in ("q", "k", "v", "g")}
     odd = {name: x.view(args[name].shape) for name, x in odd.items()}
     assert all(x.data_ptr() % 16 for x in odd.values())
-    assert error(serve({**args, **odd}).o, expected) == 0
+    assert error(serve({**args, **odd}, single=single).o, expected) == 0
     strided = {name: torch.stack((args[name], args[name] + 1), dim=-1)[..., 0] for name in ("q", "k", "v", "g")}
-    assert error(serve({**args, **strided}).o, expected) == 0
+    assert error(serve({**args, **strided}, single=single).o, expected) == 0
 
 
 @hopper
-@pytest.mark.parametrize("case", BOTH, ids=["group", "single heads of 256", "single heads of 64"])
+@pytest.mark.parametrize("case", [WIDE, LARGE_HEADS], ids=["usual", "large"])
 def test_a_captured_call_takes_new_inputs(case: Case) -> None:
     args = make(replace(case, batch=1, tokens=700), torch.bfloat16)
     other = make(replace(case, batch=1, tokens=700, seed=1), torch.bfloat16)
@@ -321,7 +408,7 @@ def test_a_captured_call_takes_new_inputs(case: Case) -> None:
 
 
 @hopper
-@pytest.mark.parametrize("case", BOTH, ids=["group", "single heads of 256", "single heads of 64"])
+@pytest.mark.parametrize("case", [WIDE, LARGE_HEADS], ids=["usual", "large"])
 def test_calls_that_follow_one_another(case: Case) -> None:
     """A call's launches overlap; none may read what is still to be written, or write what is still to be read."""
     cases = [make(replace(case, batch=1, tokens=700, seed=seed), torch.bfloat16) for seed in range(4)]

@@ -25,9 +25,9 @@ the window before a tile. PARTS: of a group, HEADS query heads each. BM: slots o
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor
@@ -54,20 +54,19 @@ from .segment_ends import BM, absorb_weights, add, ends_launches, write_strength
 ANCHOR = gl.constexpr(96.0)
 TOKENS = gl.constexpr(16)  # of a tile, and of a block of the ring
 HEADS = gl.constexpr(4)  # query heads of a tile
-# By head size: programs that share the columns of the values, and registers of a thread of an output partition.
-PROGRAMS = {64: 1, 128: 1, 256: 2}
-REGISTERS = {64: 184, 128: 152}
-REGISTERS_SINGLE = {64: 184, 128: 168, 256: 152}  # of `resident_single`
+PROGRAMS = {64: 1, 128: 1, 256: 2}  # that share the columns of the values, by head size
 RING = gl.constexpr(8)  # R: WB + 2 at the least, and as many as G less one, or a wait could miss its turn
 
 
 @dataclass(frozen=True, slots=True)
 class ResidentConfig:
-    """How a kernel with the slots on the chip is launched: this one, or the one of `resident_single`.
+    """How a kernel with the slots on the chip is launched: this one, or the one of `resident_large`.
 
     tiles: of 16 tokens, that a program walks: its segment, a multiple of 4. registers: of a thread of an output
     partition; the state's get what is left.
     """
+
+    REGISTERS: ClassVar[Mapping[int, int]] = {64: 184, 128: 152, 256: 168}  # by head size
 
     tiles: int
     registers: int = 152
@@ -82,7 +81,7 @@ class ResidentConfig:
         return self.tiles * TOKENS.value
 
     @classmethod
-    def default(cls, problem: Problem, processors: int) -> ResidentConfig:
+    def default(cls, problem: Problem, processors: int) -> Self:
         """Segments that leave no processor idle for long, at one program each; no measurement.
 
         In units of a tile's time: a program's tiles and its start, and where there are several segments, another walk
@@ -102,8 +101,7 @@ class ResidentConfig:
 
         whole = segment(0)
         tiles = min((whole, *(segment(waves) for waves in range(1, 9))), key=cost)
-        registers = REGISTERS_SINGLE if problem.group == 1 else REGISTERS
-        return cls(tiles, registers[problem.head_dim])
+        return cls(tiles, cls.REGISTERS[problem.head_dim])
 
 
 def first_reason(problem: Problem, *limits: tuple[bool, str]) -> str | None:
@@ -130,7 +128,7 @@ def why_not_resident(problem: Problem) -> str | None:
         problem,
         (problem.head_dim == problem.value_dim and problem.head_dim in (64, 128), "takes D = Dv = 64 or 128"),
         (problem.window in (16, 32, 48, 64), "takes W of 16, 32, 48 or 64"),
-        (2 <= problem.group <= 8, "takes groups of 2 to 8 query heads"),
+        (problem.group <= 8, "takes groups of up to 8 query heads"),
     )
 
 
@@ -476,7 +474,7 @@ def resident_launches(
     problem: Problem, inputs: Inputs, config: ResidentConfig, last: Callable[..., Launch] = resident_launch
 ) -> tuple[list[Launch], Tensor, Tensor | None, Tensor | None]:
     """The launches in order, and what they fill: o [B, T, HQ, D], and if asked for lse [B, T, HQ] and the final slots
-    [B, H, M, 2 D], both fp32. `last`: which kernel makes o, `resident_launch` or `single_launch`."""
+    [B, H, M, 2 D], both fp32. `last`: which kernel makes o, `resident_launch`, `large_launch` or `single_launch`."""
     batch, tokens, heads, dim = problem.batch, problem.tokens, problem.kv_heads, problem.head_dim
     device = inputs.q.device
     q, k, v, g = (aligned(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g))

@@ -6,7 +6,7 @@ whole: two programs share the columns of their values.
 A program takes one segment, one head and DV columns of the values. Its warps divide the work:
 
     load     k and v in blocks of 64 tokens, into rings of R blocks, gates and q of a tile, by the copy engine
-    count    in how many steps a tile is taken in
+    count    by which steps a tile is taken in
     state    8 warps. Holds K~ and V~ in fp32 registers. For every step it publishes them in bf16, with the decays, and
              then absorbs the tokens that leave the window
     output   4 warps: a tile's logits against slots and window, one softmax, the values, o
@@ -22,18 +22,25 @@ and S, which is kept times 2^-A: as long as a tile's gates add up to no less tha
 within bf16's exponents. The slots take a block in with the same factors: S <- 2^c (S + sum_j s_j 2^(-c_j) k_j), with c
 of the whole block.
 
-Stronger gates are rare, and cost four steps: in each, only 16 tokens of the block have gates and strengths, cut off at
-2^-13 a step (`STRONGEST`), and only their rows are written.
+Where gates are stronger, a tile is taken in by several steps, each of some parts of 16 tokens: in a step, the block's
+other tokens have gates and strengths of 0, and only the step's own rows are written. A step ends before the part that
+would exceed the sum; a single part that does has its gates cut off at 2^-13 a token (`STRONGEST`). So what a row meets
+hangs on gates of its own part and of those before it only, which are all in its past as long as W >= 15: that a step
+ends later or sooner changes no bit of it.
 
 The sums c are products with a triangle of ones: gates stay in the layout of the products, rows of 64 slots, and what
 the partitions hand each other moves without bank conflicts.
+
+`forward.choose` does not take it before its tests have passed on a GPU; then it replaces `resident_large`.
 
 Sizes as in `primitives`. BM: slots of a block, those beyond M masked. NEXT: W, rounded up to what a product takes.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from torch import Tensor
 
@@ -57,8 +64,16 @@ from .segment_ends import BM
 
 TOKENS = gl.constexpr(64)  # of a tile, and of a block of the rings
 PART = gl.constexpr(16)  # tokens that share an anchor whatever their gates
+PARTS = gl.constexpr(4)
 STATE_WARPS = gl.constexpr(8)
 RING = {64: 4, 128: 3, 256: 2}  # R by head size: what shared memory has room for
+
+
+@dataclass(frozen=True, slots=True)
+class SingleConfig(ResidentConfig):
+    """The same of this kernel."""
+
+    REGISTERS: ClassVar[Mapping[int, int]] = {64: 184, 128: 168, 256: 152}
 
 
 def why_not_single(problem: Problem) -> str | None:
@@ -67,7 +82,7 @@ def why_not_single(problem: Problem) -> str | None:
         problem,
         (problem.head_dim == problem.value_dim and problem.head_dim in PROGRAMS, "takes D = Dv = 64, 128 or 256"),
         (problem.group == 1, "takes one query head a kv head"),
-        (1 <= problem.window <= 64, "takes W of 1 to 64"),
+        (16 <= problem.window <= 64, "takes W of 16 to 64"),
         # Shared memory has no room for wider ones.
         (problem.head_dim < 256 or problem.gate_dtype.itemsize == 2, "takes gates of 16 bits with heads of 256"),
     )
@@ -100,23 +115,52 @@ def add_up(b_g, s_sum, s_upto, TERMS: gl.constexpr):
 
 
 @gluon.jit
-def count_partition(s_g, s_steps, g_full, g_free, steps_full, tiles):
-    """Each tile's number of steps: 1 where a single anchor spans its gates, else one for each part. Until tile
-    i + 4 it can be read."""
+def sum_part(s_gate, x: gl.constexpr, b_sum, gates: gl.constexpr):
+    """b_sum [BM, 8] and the gates of part x, the same in all columns, in bf16: near enough to choose by."""
+    b_one = gl.full([PART, 8], 1.0, gl.bfloat16, gl.DotOperandLayout(1, b_sum.type.layout, 2))
+    return mma_v2(s_gate.slice(x * PART, PART).permute((1, 0)).load(gates).to(gl.bfloat16), b_one, b_sum)
+
+
+@gluon.jit
+def count_partition(s_g, s_marks, g_full, g_free, marks_full, tiles):
+    """The steps of each tile: bit x is set where one begins with part x, and bit PARTS + x where this part alone is
+    more than an anchor spans. They can be read until those of tile i + 4 are written."""
     sums: gl.constexpr = gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, 1], instr_shape=[16, 8])
     gates: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=sums, k_width=2)
-    b_one = gl.full([PART, 8], 1.0, gl.bfloat16, gl.DotOperandLayout(operand_index=1, parent=sums, k_width=2))
+    s_gate = s_g.reshape([TOKENS, BM])
     for i in range(tiles):
         mbarrier.wait(g_full.index(0), i & 1)
-        b_sum = gl.zeros([BM, 8], gl.float32, sums)  # the same in all columns
-        for x in gl.static_range(TOKENS // PART):
-            b_g = s_g.reshape([TOKENS, BM]).slice(x * PART, PART).permute((1, 0)).load(gates)
-            b_sum = mma_v2(b_g.to(gl.bfloat16), b_one, b_sum)
-        steps = gl.where(gl.min(gl.min(b_sum, 1), 0) < PART * STRONGEST, TOKENS // PART, 1)
-        s_steps.index(i % 4).store(gl.full([1], steps, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
+        b_zero = gl.zeros([BM, 8], gl.float32, sums)
+        b_sum = b_zero
+        for x in gl.static_range(PARTS):
+            b_sum = sum_part(s_gate, x, b_sum, gates)
+        marks = 1
+        if gl.min(gl.min(b_sum, 1), 0) < PART * STRONGEST:
+            b_sum = b_zero
+            for x in gl.static_range(PARTS):
+                b_sum = sum_part(s_gate, x, b_sum, gates)
+                if gl.min(gl.min(b_sum, 1), 0) < PART * STRONGEST:
+                    marks = marks | (1 << x)
+                    b_sum = sum_part(s_gate, x, b_zero, gates)
+                    if gl.min(gl.min(b_sum, 1), 0) < PART * STRONGEST:
+                        marks = marks | (1 << (PARTS + x))
+        s_marks.index(i % 4).store(gl.full([1], marks, gl.int32, gl.BlockedLayout([1], [32], [1], [0])))
         barrier()
         mbarrier.arrive(g_free.index(0), count=1)
-        mbarrier.arrive(steps_full.index(i % 2), count=1)
+        mbarrier.arrive(marks_full.index(i % 2), count=1)
+
+
+@gluon.jit
+def read_marks(s_marks, i, warps: gl.constexpr):
+    return gl.max(s_marks.index(i % 4).load(gl.BlockedLayout([1], [32], [warps], [0])), 0)
+
+
+@gluon.jit
+def end_of_step(marks, part):
+    """The part behind the last one of the step that begins with `part`."""
+    end = gl.where((part < 3) & ((marks & 8) > 0), 3, PARTS)
+    end = gl.where((part < 2) & ((marks & 4) > 0), 2, end)
+    return gl.where((part < 1) & ((marks & 2) > 0), 1, end)
 
 
 @gluon.jit
@@ -181,8 +225,8 @@ def wide_layout(columns: int) -> Any:
 
 @gluon.jit
 def state_partition(
-    p_before, s_k, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_steps, s_row, s_sum, s_upto,
-    k_full, k_free, v_full, v_free, g_full, g_free, steps_full, slots_full, slots_free, rest_full, rest_free, row,
+    p_before, s_k, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_marks, s_row, s_sum, s_upto,
+    k_full, k_free, v_full, v_free, g_full, g_free, marks_full, slots_full, slots_free, rest_full, rest_free, row,
     column, tiles,
     M: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, R: gl.constexpr,
 ):  # fmt: skip
@@ -211,9 +255,10 @@ def state_partition(
         place = i % R
         # The last token's decay, which is the least of the last eight, is that of all.
         s_end = s_decay.slice(TOKENS - 8, 8).permute((1, 0))
-        mbarrier.wait(steps_full.index(i % 2), (i // 2) & 1)
-        steps = gl.max(s_steps.index(i % 4).load(gl.BlockedLayout([1], [32], [STATE_WARPS], [0])), 0)
-        for part in range(steps):
+        mbarrier.wait(marks_full.index(i % 2), (i // 2) & 1)
+        marks = read_marks(s_marks, i, STATE_WARPS)
+        part = 0
+        while part < PARTS:
             mbarrier.wait(slots_free.index(0), (turn & 1) ^ 1)
             s_slot_k.index(0).store(b_k.to(gl.bfloat16))
             fence_async_shared()
@@ -221,25 +266,27 @@ def state_partition(
             mbarrier.arrive(slots_full.index(0), count=1)
             mbarrier.wait(rest_free.index(0), (turn & 1) ^ 1)
             s_slot_v.index(0).store(b_v.to(gl.bfloat16))
-            if steps > 1:
-                # A part of the tile, its steps cut off. What K~ and V~ lose beyond that they lose at once.
-                b_part = load_gates(s_gate, s_sum, rows)
-                b_part = gl.where(s_row.load(gl.SliceLayout(1, rows))[:, None] // PART == part, b_part, 0.0)
-                b_over = add_up(gl.minimum(b_part - STRONGEST, 0.0), s_factor.index(0), s_upto, TERMS)
+            end = end_of_step(marks, part)
+            if end - part < PARTS:
+                t = s_row.load(gl.SliceLayout(1, rows))[:, None] // PART
+                b_part = gl.where((t >= part) & (t < end), load_gates(s_gate, s_sum, rows), 0.0)
+                # Where gates are cut off, K~ and V~ lose at once what they lose beyond that.
+                lowest = gl.where(((marks >> (PARTS + part)) & 1) > 0, STRONGEST, FORGET)
+                b_over = add_up(gl.minimum(b_part - lowest, 0.0), s_factor.index(0), s_upto, TERMS)
                 s_decay.store(gl.exp2(b_over * LOG2E))
                 barrier()
                 b_over = gl.min(s_end.load(ends), 1)
                 b_k = b_k * gl.convert_layout(b_over, of_keys)[:, None]
                 b_v = b_v * gl.convert_layout(b_over, of_values)[:, None]
                 barrier()
-                b_upto = add_up(gl.maximum(b_part, STRONGEST), s_factor.index(0), s_upto, TERMS)
+                b_upto = add_up(gl.maximum(b_part, lowest), s_factor.index(0), s_upto, TERMS)
                 b_factor, b_decay = factors(b_part, b_upto)
             s_factor.index(0).store(b_factor)
             s_decay.store(b_decay)
             fence_async_shared()
             barrier()
             mbarrier.arrive(rest_full.index(0), count=1)
-            last = part + 1 == steps
+            last = end == PARTS
             if TERMS == 2:
                 mbarrier.arrive(g_free.index(0), count=1, pred=last)
             turn += 1
@@ -266,6 +313,7 @@ def state_partition(
             b_end = gl.min(b_end, 1)
             b_k = b_k * gl.convert_layout(b_end, of_keys)[:, None] * 2.0**-ANCHOR
             b_v = b_v * gl.convert_layout(b_end, of_values)[:, None] * 2.0**-ANCHOR
+            part = end
 
 
 @gluon.jit
@@ -276,7 +324,7 @@ def zero_of(s_zero, x: gl.constexpr):
 
 @gluon.jit
 def output_partition(
-    p_o, p_lse, s_q, s_k, s_v, s_slot_k, s_slot_v, s_factor, s_decay, s_steps, s_row, s_zero,
+    p_o, p_lse, s_q, s_k, s_v, s_slot_k, s_slot_v, s_factor, s_decay, s_marks, s_row, s_zero,
     q_full, q_free, k_full, k_free, v_full, v_free, slots_full, slots_free, rest_full, rest_free,
     n, h, column, t0, tiles, T, scale,
     H: gl.constexpr, M: gl.constexpr, D: gl.constexpr, DV: gl.constexpr, W: gl.constexpr, NEXT: gl.constexpr,
@@ -305,8 +353,7 @@ def output_partition(
         mbarrier.wait(k_full.index(i % R), (i // R) & 1)
         mbarrier.wait(k_full.index((i + 1) % R), ((i + 1) // R) & 1)
         part = 0
-        steps = 1
-        while part < steps:
+        while part < PARTS:
             # Rows of the tile. From memory, so that no mask made of them is kept in registers from tile to tile.
             t = s_row.load(of_slots)[:, None]
             at_own = zero_of(s_zero, 0)
@@ -331,8 +378,8 @@ def output_partition(
             barrier()
             mbarrier.arrive(slots_free.index(0), count=1)
             mbarrier.wait(rest_full.index(0), turn & 1)
-            steps = gl.max(s_steps.index(i % 4).load(gl.BlockedLayout([1], [32], [4], [0])), 0)
-            last = part + 1 == steps
+            end = end_of_step(read_marks(s_marks, i, 4), part)
+            last = end == PARTS
             mbarrier.arrive(q_free.index(0), count=1, pred=last)
             mbarrier.arrive(k_free.index(i % R), count=1, pred=last)
             b_slot = warpgroup_mma(b_pair, s_factor.index(at_factor), b_slot, is_async=True)
@@ -376,16 +423,16 @@ def output_partition(
             mbarrier.arrive(v_free.index(i % R), count=1, pred=last)
             b_o = b_o * gl.convert_layout(1.0 / b_sum, of_values)[:, None]
             t = s_row.load(of_values)
-            mine = (first + t < T) & ((steps == 1) | (t // PART == part))
+            mine = (first + t < T) & (t // PART >= part) & (t // PART < end)
             p_row = p_o + ((n.to(gl.int64) * T + first + t) * H + h)[:, None] * D + column + d
             gl.store(p_row, b_o.to(bf16), mask=mine[:, None])
             if p_lse is not None:
                 t = s_row.load(of_slots)
-                mine = (first + t < T) & ((steps == 1) | (t // PART == part))
+                mine = (first + t < T) & (t // PART >= part) & (t // PART < end)
                 p_row = p_lse + (n.to(gl.int64) * T + first + t) * H + h
                 gl.store(p_row, (b_max + gl.log2(b_sum)) / LOG2E, mask=mine & (column == 0))
             turn += 1
-            part += 1
+            part = end
 
 
 @gluon.jit
@@ -428,7 +475,7 @@ def single_kernel(
     triangle: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [STATE_WARPS, 1], [1, 0])
     t = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, triangle))[:, None]
     s_upto.store((gl.arange(0, TOKENS, layout=gl.SliceLayout(0, triangle))[None, :] <= t).to(bf16))
-    s_steps = gl.allocate_shared_memory(gl.int32, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    s_marks = gl.allocate_shared_memory(gl.int32, [4, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     s_row = gl.allocate_shared_memory(gl.int32, [TOKENS], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     s_row.store(gl.arange(0, TOKENS, layout=gl.BlockedLayout([1], [32], [STATE_WARPS], [0])))
     s_zero = gl.allocate_shared_memory(gl.int32, [8], gl.SwizzledSharedLayout(1, 1, 1, [0]))
@@ -441,7 +488,7 @@ def single_kernel(
     v_free = barriers(R, 2)
     g_full = barriers(1, 1)
     g_free = barriers(1, 2)  # by the state and by who counts
-    steps_full = barriers(2, 1)
+    marks_full = barriers(2, 1)
     slots_full = barriers(1, 1)
     slots_free = barriers(1, 1)
     rest_full = barriers(1, 1)  # the decays and V~
@@ -452,12 +499,12 @@ def single_kernel(
     gl.warp_specialize(
         [
             (state_partition, (
-                p_before, s_k, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_steps, s_row, s_sum, s_upto, k_full,
-                k_free, v_full, v_free, g_full, g_free, steps_full, slots_full, slots_free, rest_full, rest_free, row,
+                p_before, s_k, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_marks, s_row, s_sum, s_upto, k_full,
+                k_free, v_full, v_free, g_full, g_free, marks_full, slots_full, slots_free, rest_full, rest_free, row,
                 column, tiles, M, D, DV, R,
             )),
             (output_partition, (
-                p_o, p_lse, s_q, s_k, s_v, s_slot_k, s_slot_v, s_factor, s_decay, s_steps, s_row, s_zero, q_full,
+                p_o, p_lse, s_q, s_k, s_v, s_slot_k, s_slot_v, s_factor, s_decay, s_marks, s_row, s_zero, q_full,
                 q_free, k_full, k_free, v_full, v_free, slots_full, slots_free, rest_full, rest_free, n, h, column, t0,
                 tiles, T, scale, H, M, D, DV, W, NEXT, R, MASK_EMPTY,
             )),
@@ -465,7 +512,7 @@ def single_kernel(
                 d_q, d_k, d_v, d_g, s_q, s_k, s_v, s_g, q_full, q_free, k_full, k_free, v_full, v_free, g_full, g_free,
                 n, h, column, t0, tiles, D, DV, W, R,
             )),
-            (count_partition, (s_g, s_steps, g_full, g_free, steps_full, tiles)),
+            (count_partition, (s_g, s_marks, g_full, g_free, marks_full, tiles)),
         ],
         [4, 1, 1],
         [REGISTERS, 32, 32],

@@ -1,5 +1,5 @@
 """The slots at the start of each segment, for a kernel that then walks the segments side by side (`resident`,
-`resident_single`).
+`resident_large`, `resident_single`).
 
 Every segment's own contribution, from zero (`ends_kernel`), and a scan over them (`scan_kernel` of `states`): keys and
 values are read once, and a state is written for each segment only. In Gluon, for Hopper.
