@@ -105,7 +105,7 @@ class ResidentConfig:
 
 
 def first_reason(problem: Problem, *limits: tuple[bool, str]) -> str | None:
-    """Of a kernel's own limits and those of both kernels with the slots on the chip, the first that a problem does not
+    """Of a kernel's own limits and those of all kernels with the slots on the chip, the first that a problem does not
     keep, as a sentence; or None."""
     machine = (problem.capability is not None and problem.capability[0] == 9, "runs on Hopper only")
     shared = (
@@ -454,7 +454,7 @@ def resident_launch(
     problem: Problem, config: ResidentConfig, q: Tensor, k: Tensor, v: Tensor, g: Tensor, o: Tensor,
     shared: dict[str, Any],
 ) -> Launch:  # fmt: skip
-    """The launch that fills o; `shared`: the arguments that both kernels take alike."""
+    """The launch that fills o; `shared`: the arguments that all of them take alike."""
     batch, tokens, heads, group, dim = problem.batch, problem.tokens, problem.kv_heads, problem.group, problem.head_dim
 
     def by_group(x: Tensor) -> Tensor:

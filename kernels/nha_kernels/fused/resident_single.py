@@ -31,7 +31,8 @@ ends later or sooner changes no bit of it.
 The sums c are products with a triangle of ones: gates stay in the layout of the products, rows of 64 slots, and what
 the partitions hand each other moves without bank conflicts.
 
-`forward.choose` does not take it before its tests have passed on a GPU; then it replaces `resident_large`.
+`forward.choose` does not take it before its tests have passed on a GPU. `resident_large` also serves W below 16 and fp32
+gates with heads of 256.
 
 Sizes as in `primitives`. BM: slots of a block, those beyond M masked. NEXT: W, rounded up to what a product takes.
 """
@@ -165,7 +166,7 @@ def end_of_step(marks, part):
 
 @gluon.jit
 def load_gates(s_g, s_sum, layout: gl.constexpr):
-    """The gates that `add_up` took last, in fp32: from its copy where bf16 holds them, else from their place."""
+    """The gates that were last put into s_sum, in fp32: from there where bf16 holds them, else from their place."""
     if s_g.dtype == gl.bfloat16:
         return s_sum.load(layout).to(gl.float32)
     else:
@@ -280,6 +281,7 @@ def state_partition(
                 b_v = b_v * gl.convert_layout(b_over, of_values)[:, None]
                 barrier()
                 b_upto = add_up(gl.maximum(b_part, lowest), s_factor.index(0), s_upto, TERMS)
+                barrier()
                 b_factor, b_decay = factors(b_part, b_upto)
             s_factor.index(0).store(b_factor)
             s_decay.store(b_decay)
