@@ -31,8 +31,8 @@ ends later or sooner changes no bit of it.
 The sums c are products with a triangle of ones: gates stay in the layout of the products, rows of 64 slots, and what
 the partitions hand each other moves without bank conflicts.
 
-`forward.choose` does not take it before its tests have passed on a GPU. `resident_large` also serves W below 16 and fp32
-gates with heads of 256.
+`forward.choose` does not take it before its tests have passed on a GPU. `resident_large` also serves W below 16 and
+fp32 gates with heads of 256.
 
 Sizes as in `primitives`. BM: slots of a block, those beyond M masked. NEXT: W, rounded up to what a product takes.
 """
