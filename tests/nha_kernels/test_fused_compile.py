@@ -15,6 +15,7 @@ import torch
 import triton
 
 from nha_kernels.fused.forward import ForwardConfig, describe, launchable_problems
+from nha_kernels.fused.resident_single import why_not_single
 from nha_kernels.problem import Problem
 
 from .compiling import empty_inputs, name, resident_problems
@@ -65,12 +66,11 @@ def test_every_variant_compiles(dtype: str, capability: int) -> None:
 def test_every_resident_variant_compiles(name: str) -> None:
     """The kernels for Hopper alone; what their speed and their results hang on is read from the compiler's output."""
     rows = compiled("resident", name)
-    single = "-NG1-" in name and name != "D256-NG1-W32-float32"
     assert [(row["kernel"], row["between_launches"]) for row in rows] == [
         ("ends_kernel", ["launch_dependents"]),
         ("scan_kernel", ["launch_dependents", "wait"]),
         ("large_kernel" if name.startswith("D256") else "resident_kernel", ["wait"]),
-        *([("single_kernel", ["wait"])] if single else []),
+        *([("single_kernel", ["wait"])] if why_not_single(resident_problems()[name]) is None else []),
     ]
     spilled = SPILLED_WITH_FP32_GATES if name.endswith("float32") else SPILLED
     for row in rows:

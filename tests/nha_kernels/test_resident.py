@@ -179,13 +179,16 @@ def serve(args: Arguments, tiles: int | None = None, *, single: bool = False) ->
 
     problem: Problem = explain(**args, output_final_state=True, return_lse=True).problem
     inputs = inputs_of(args)
-    config = (SingleConfig if single else ResidentConfig).default(problem, 132)
+    config = None  # as `choose` says
     if single:
         assert why_not_single(problem) is None
+        config = SingleConfig.default(problem, 132)
+        if tiles is not None:
+            config = replace(config, tiles=tiles)
     else:
         assert why_not_resident(problem) is None or why_not_large(problem) is None
-    if tiles is not None:
-        config = replace(config, tiles=tiles)
+        if tiles is not None:
+            config = ResidentConfig(tiles)
     poison = [torch.full((1 << 22,), torch.nan, device="cuda") for _ in range(4)]
     del poison
     result = run(problem, inputs, config)

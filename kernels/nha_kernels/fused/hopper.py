@@ -24,6 +24,7 @@ __all__ = [
     "TensorDescriptor",
     "aligned",
     "barrier",
+    "barriers",
     "descriptor",
     "fence_async_shared",
     "gl",
@@ -52,6 +53,15 @@ barrier = _named(gl, "barrier", "thread_barrier")
 load_async = _named(tma, "async_load", "async_copy_global_to_shared")
 store_async = _named(tma, "async_store", "async_copy_shared_to_global")
 store_wait = tma.store_wait
+
+
+@gluon.jit
+def barriers(size: gl.constexpr, count: gl.constexpr):
+    """[size, 1] mbarriers in shared memory, each of whose phases `count` arrivals complete."""
+    s_barrier = gl.allocate_shared_memory(gl.int64, [size, 1], mbarrier.MBarrierLayout())
+    for x in gl.static_range(size):
+        mbarrier.init(s_barrier.index(x), count=count)
+    return s_barrier
 
 
 @gluon.constexpr_function

@@ -33,6 +33,7 @@ from torch import Tensor
 from ..problem import Problem
 from .hopper import (
     barrier,
+    barriers,
     descriptor,
     fence_async_shared,
     gl,
@@ -47,7 +48,7 @@ from .hopper import (
 )
 from .primitives import ANCHOR, LOG2E, STRONGEST, Launch, wait_for_previous
 from .resident import PROGRAMS, ResidentConfig, first_reason
-from .segment_ends import BM
+from .segment_ends import BM, load_slots
 
 TOKENS = gl.constexpr(64)  # of a tile
 PART = gl.constexpr(16)  # tokens that share an anchor
@@ -133,18 +134,6 @@ def load_partition(
                 mbarrier.wait(v_free.index(place), ((x // RV) & 1) ^ 1)
                 mbarrier.expect(v_full.index(place), BLOCK * DV * 2)
                 load_async(d_v, [n, t0 - W + x * BLOCK, h, column], v_full.index(place), s_v.index(place))
-
-
-@gluon.jit
-def load_slots(p_before, row, column, M: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, layout: gl.constexpr):
-    """[BM, SIZE] of p_before [*, M, 2 D] fp32 from a column on: K~ or V~ at the segment's start. None: zero."""
-    if p_before is None:
-        return gl.zeros([BM, SIZE], gl.float32, layout)
-    else:
-        m = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
-        d = gl.arange(0, SIZE, layout=gl.SliceLayout(0, layout))
-        p_row = p_before + (row * M + m)[:, None] * (2 * D) + column + d[None, :]
-        return gl.load(p_row, mask=(m < M)[:, None] & (d < SIZE)[None, :], other=0.0)
 
 
 @gluon.jit
@@ -363,14 +352,6 @@ def output_partition(
         store_wait(0)
         barrier()
         mbarrier.arrive(rest_free.index(0), count=1)
-
-
-@gluon.jit
-def barriers(size: gl.constexpr, count: gl.constexpr):
-    s_barrier = gl.allocate_shared_memory(gl.int64, [size, 1], mbarrier.MBarrierLayout())
-    for x in gl.static_range(size):
-        mbarrier.init(s_barrier.index(x), count=count)
-    return s_barrier
 
 
 @gluon.jit(do_not_specialize=["T", "tiles", "segments"])

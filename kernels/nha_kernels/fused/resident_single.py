@@ -48,6 +48,7 @@ from torch import Tensor
 from ..problem import Problem
 from .hopper import (
     barrier,
+    barriers,
     descriptor,
     fence_async_shared,
     gl,
@@ -61,7 +62,7 @@ from .hopper import (
 )
 from .primitives import FORGET, LOG2E, STRONGEST, Launch, wait_for_previous
 from .resident import ANCHOR, PROGRAMS, ResidentConfig, first_reason
-from .segment_ends import BM
+from .segment_ends import BM, load_slots
 
 TOKENS = gl.constexpr(64)  # of a tile, and of a block of the rings
 PART = gl.constexpr(16)  # tokens that share an anchor whatever their gates
@@ -153,6 +154,7 @@ def count_partition(s_g, s_marks, g_full, g_free, marks_full, tiles):
 
 @gluon.jit
 def read_marks(s_marks, i, warps: gl.constexpr):
+    """Those of tile i, for a partition of so many warps."""
     return gl.max(s_marks.index(i % 4).load(gl.BlockedLayout([1], [32], [warps], [0])), 0)
 
 
@@ -165,7 +167,7 @@ def end_of_step(marks, part):
 
 
 @gluon.jit
-def load_gates(s_g, s_sum, layout: gl.constexpr):
+def gates_again(s_g, s_sum, layout: gl.constexpr):
     """The gates that were last put into s_sum, in fp32: from there where bf16 holds them, else from their place."""
     if s_g.dtype == gl.bfloat16:
         return s_sum.load(layout).to(gl.float32)
@@ -206,18 +208,6 @@ def load_partition(
             load_async(d_q, [n, t0 + x * TOKENS, h, 0], q_full.index(0), s_q.index(0))
 
 
-@gluon.jit
-def load_slots(p_before, row, column, M: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, layout: gl.constexpr):
-    """[BM, SIZE] of p_before [*, M, 2 D] fp32 from a column on: K~ or V~ at the segment's start. None: zero."""
-    if p_before is None:
-        return gl.zeros([BM, SIZE], gl.float32, layout)
-    else:
-        m = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
-        d = gl.arange(0, SIZE, layout=gl.SliceLayout(0, layout))
-        p_row = p_before + (row * M + m)[:, None] * (2 * D) + column + d[None, :]
-        return gl.load(p_row, mask=(m < M)[:, None] & (d < SIZE)[None, :], other=0.0)
-
-
 @gluon.constexpr_function
 def wide_layout(columns: int) -> Any:
     """Of a product [64, columns] by both warpgroups of the state."""
@@ -246,7 +236,7 @@ def state_partition(
     s_gate = s_g.reshape([TOKENS, BM])
     mbarrier.wait(g_full.index(0), 0)
     b_sum = add_up(gl.maximum(s_gate.load(rows).to(gl.float32), FORGET), s_sum, s_upto, TERMS)
-    b_factor, b_decay = factors(load_gates(s_gate, s_sum, rows), b_sum)
+    b_factor, b_decay = factors(gates_again(s_gate, s_sum, rows), b_sum)
     if TERMS == 1:
         mbarrier.arrive(g_free.index(0), count=1)
     b_k = b_k * 2.0**-ANCHOR
@@ -270,7 +260,7 @@ def state_partition(
             end = end_of_step(marks, part)
             if end - part < PARTS:
                 t = s_row.load(gl.SliceLayout(1, rows))[:, None] // PART
-                b_part = gl.where((t >= part) & (t < end), load_gates(s_gate, s_sum, rows), 0.0)
+                b_part = gl.where((t >= part) & (t < end), gates_again(s_gate, s_sum, rows), 0.0)
                 # Where gates are cut off, K~ and V~ lose at once what they lose beyond that.
                 lowest = gl.where(((marks >> (PARTS + part)) & 1) > 0, STRONGEST, FORGET)
                 b_over = add_up(gl.minimum(b_part - lowest, 0.0), s_factor.index(0), s_upto, TERMS)
@@ -307,7 +297,7 @@ def state_partition(
             b_k = warpgroup_mma(s_left, s_k.index(place).reshape([TOKENS, D]), b_k, is_async=True)
             b_v = warpgroup_mma(s_left, s_v.index(place).reshape([TOKENS, DV]), b_v, is_async=True)
             # Meanwhile, those of the next tile.
-            b_factor, b_decay = factors(load_gates(s_gate, s_sum, rows), b_upto)
+            b_factor, b_decay = factors(gates_again(s_gate, s_sum, rows), b_upto)
             b_k, b_v = warpgroup_mma_wait(0, deps=[b_k, b_v])
             barrier()
             mbarrier.arrive(k_free.index(place), count=1, pred=last)
@@ -435,14 +425,6 @@ def output_partition(
                 gl.store(p_row, (b_max + gl.log2(b_sum)) / LOG2E, mask=mine & (column == 0))
             turn += 1
             part = end
-
-
-@gluon.jit
-def barriers(size: gl.constexpr, count: gl.constexpr):
-    s_barrier = gl.allocate_shared_memory(gl.int64, [size, 1], mbarrier.MBarrierLayout())
-    for x in gl.static_range(size):
-        mbarrier.init(s_barrier.index(x), count=count)
-    return s_barrier
 
 
 @gluon.jit(do_not_specialize=["T", "tiles", "segments"])

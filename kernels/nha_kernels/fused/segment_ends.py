@@ -141,6 +141,18 @@ def ends_kernel(
     gl.store(p_totals + row + slot, b_sum, mask=(slot < M) & (column == 0))
 
 
+@gluon.jit
+def load_slots(p_before, row, column, M: gl.constexpr, D: gl.constexpr, SIZE: gl.constexpr, layout: gl.constexpr):
+    """[BM, SIZE] of p_before [*, M, 2 D] fp32 from a column on: K~ or V~ at the segment's start. None: zero."""
+    if p_before is None:
+        return gl.zeros([BM, SIZE], gl.float32, layout)
+    else:
+        m = gl.arange(0, BM, layout=gl.SliceLayout(1, layout))
+        d = gl.arange(0, SIZE, layout=gl.SliceLayout(0, layout))
+        p_row = p_before + (row * M + m)[:, None] * (2 * D) + column + d[None, :]
+        return gl.load(p_row, mask=(m < M)[:, None] & (d < SIZE)[None, :], other=0.0)
+
+
 def ends_launches(
     problem: Problem, k: Tensor, v: Tensor, g: Tensor, length: int, final: Tensor | None
 ) -> tuple[list[Launch], Tensor | None]:
