@@ -27,7 +27,6 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from nha_kernels.fused.forward import ForwardConfig, choose, describe, launchable_problems
 from nha_kernels.fused.hopper import TensorDescriptor
 from nha_kernels.fused.primitives import Launch
-from nha_kernels.fused.resident_single import SingleConfig, why_not_single
 from nha_kernels.problem import Inputs, Problem
 from nha_kernels.state import NHAState
 
@@ -87,8 +86,7 @@ def resident_problems() -> dict[str, Problem]:
     optional switched on, but for the plain ones, as most calls are."""
     sizes = [(*size, 64) for size in product((64, 128), (4, 8), (torch.bfloat16, torch.float32))]
     sizes += [(128, 4, torch.bfloat16, window) for window in (16, 32, 48)]
-    sizes += [(256, 1, torch.bfloat16, 64), *((256, 1, gates, 32) for gates in (torch.bfloat16, torch.float32))]
-    sizes += [(head_dim, 1, torch.bfloat16, window) for head_dim in (64, 128) for window in (32, 64)]
+    sizes += [(head_dim, 1, torch.bfloat16, window) for head_dim in (64, 128, 256) for window in (32, 64)]
     sizes += [(64, 1, torch.float32, 64), (128, 1, torch.float32, 16)]
     problems = {}
     for head_dim, group, gate_dtype, window in sizes:
@@ -183,9 +181,6 @@ def compile_resident(name: str) -> None:
     problem = resident_problems()[name]
     # A descriptor asks for an address, so these inputs have one.
     launches, _ = describe(problem, empty_inputs(problem, "cpu"), choose(problem, processors=132))
-    if why_not_single(problem) is None:
-        single, _ = describe(problem, empty_inputs(problem, "cpu"), SingleConfig.default(problem, processors=132))
-        launches.append(single[-1])
     for launch in launches:
         report(name, launch, 90, listing=True)
 

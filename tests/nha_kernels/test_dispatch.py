@@ -197,8 +197,8 @@ FLASH_LIMITS = {
 TRITON_LIMITS = {
     "a gradient": (dict(needs_grad=True), r"no backward"),
     "float64": (dict(dtype=torch.float64), r"not float64"),
-    "a head size above 256": (dict(head_dim=512), r"up to 256 as head size, not D = 512"),
-    "a value size above 256": (dict(value_dim=512), r"up to 256 as head size, not Dv = 512"),
+    "a head size above 512": (dict(head_dim=528), r"up to 512 as head size, not D = 528"),
+    "a value size above 512": (dict(value_dim=528), r"up to 512 as head size, not Dv = 528"),
     "too many slots": (dict(slots=257), r"up to 256 slots, not 257"),
 }
 
@@ -230,6 +230,11 @@ def test_triton_names_its_limits(name: str) -> None:
 ], ids=str)  # fmt: skip
 def test_kernels_serve_what_they_are_for(backend: str, sizes: dict[str, Any]) -> None:
     assert IMPLEMENTATIONS[backend].why_not(describe(**{**ON_HOPPER, **sizes})) is None
+
+
+@pytest.mark.parametrize("sizes", [dict(head_dim=512), dict(value_dim=512), dict(head_dim=272, value_dim=320)], ids=str)
+def test_triton_serves_wide_heads(sizes: dict[str, Any]) -> None:
+    assert IMPLEMENTATIONS["triton"].why_not(describe(**{**ON_HOPPER, **sizes})) is None
 
 
 def test_flash_serves_gradients() -> None:

@@ -15,7 +15,6 @@ import torch
 import triton
 
 from nha_kernels.fused.forward import ForwardConfig, describe, launchable_problems
-from nha_kernels.fused.resident_single import why_not_single
 from nha_kernels.problem import Problem
 
 from .compiling import empty_inputs, name, resident_problems
@@ -23,11 +22,10 @@ from .sass import early_reads, hazards
 
 # Shared memory that a block may have: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
-# Bytes that a kernel's code may move from registers to memory. Usual heads: ten registers in each output partition, of
-# which some two are moved in every tile. Large heads: its accumulators alone are more than half of what a thread has,
-# and some 150 moves in every tile are what it pays for that. Single heads: some seventy, for the same reason; and with
-# fp32 gates what the warp that counts the steps of a tile needs beyond its share.
-SPILLED = {"ends_kernel": 0, "resident_kernel": 80, "large_kernel": 900, "single_kernel": 300}
+# Bytes that a kernel's code may move from registers to memory. Single heads: some seventy registers, since the
+# accumulators alone are more than half of what a thread has; and with fp32 gates what the warp that counts the steps of
+# a tile needs beyond its share. Triton 3.7 moves ten of the kernel for groups, 3.6 and 3.8 one.
+SPILLED = {"ends_kernel": 0, "resident_kernel": 40, "single_kernel": 300}
 SPILLED_WITH_FP32_GATES = {**SPILLED, "single_kernel": 1300}
 # From 3.9 on Triton calls ptxas 13 for sm_90, for which these kernels need too many registers: right all the same, but
 # slow.
@@ -69,8 +67,7 @@ def test_every_resident_variant_compiles(name: str) -> None:
     assert [(row["kernel"], row["between_launches"]) for row in rows] == [
         ("ends_kernel", ["launch_dependents"]),
         ("scan_kernel", ["launch_dependents", "wait"]),
-        ("large_kernel" if name.startswith("D256") else "resident_kernel", ["wait"]),
-        *([("single_kernel", ["wait"])] if why_not_single(resident_problems()[name]) is None else []),
+        ("single_kernel" if "-NG1-" in name else "resident_kernel", ["wait"]),
     ]
     spilled = SPILLED_WITH_FP32_GATES if name.endswith("float32") else SPILLED
     for row in rows:
@@ -79,7 +76,9 @@ def test_every_resident_variant_compiles(name: str) -> None:
         assert row["shared"] <= SHARED_MEMORY[90], row
         # Inputs come by the copy engine: whatever threads read here was written by the launches before.
         assert row["early"] == (row["kernel"] != "ends_kernel")
-        assert bool(early_reads(sass)) != row["early"]
+        assert early_reads(sass) == []
+        # What looks for them would find some, were there no wait.
+        assert bool(early_reads(sass.replace("ACQBULK", "NOP"))) == row["early"]
         if row["kernel"] == "scan_kernel":
             continue
         if FAST:

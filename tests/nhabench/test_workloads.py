@@ -12,6 +12,7 @@ def test_the_table_holds_the_shapes_of_the_models() -> None:
     assert shapes == {
         "llama-3-8b": (32, 8, 128, 64, 64),
         "nha-340m": (4, 4, 256, 64, 32),
+        "pythia-410m": (16, 16, 64, 64, 32),
         "llama-3.2-1b": (32, 8, 64, 64, 64),
         "qwen2.5-7b": (28, 4, 128, 64, 64),
         "qwen3-30b-a3b": (32, 4, 128, 64, 64),

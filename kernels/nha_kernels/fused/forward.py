@@ -16,8 +16,7 @@ from .limits import DTYPES
 from .output import OutputConfig, output_launch
 from .primitives import Launch, Operands
 from .resident import ResidentConfig, resident_launch, resident_launches, why_not_resident
-from .resident_large import large_launch, why_not_large
-from .resident_single import SingleConfig, single_launch
+from .resident_single import SingleConfig, single_launch, why_not_single
 from .states import StatesConfig, state_launches
 
 
@@ -57,8 +56,10 @@ def launchable_problems() -> Iterator[Problem]:
 
 def choose(problem: Problem, processors: int) -> ForwardConfig | ResidentConfig:
     """The kernels that serve a problem on a GPU with so many multiprocessors, and how they are launched."""
-    if why_not_resident(problem) is None or why_not_large(problem) is None:
+    if why_not_resident(problem) is None:
         return ResidentConfig.default(problem, processors)
+    if why_not_single(problem) is None:
+        return SingleConfig.default(problem, processors)
     return ForwardConfig.default(problem)
 
 
@@ -81,10 +82,7 @@ def _processors(device: torch.device) -> int:
 def describe(problem: Problem, inputs: Inputs, config: ForwardConfig | ResidentConfig) -> tuple[list[Launch], Result]:
     """The launches, in order, and the result that they fill."""
     if isinstance(config, ResidentConfig):
-        if isinstance(config, SingleConfig):
-            last = single_launch
-        else:
-            last = resident_launch if problem.head_dim <= 128 else large_launch
+        last = single_launch if isinstance(config, SingleConfig) else resident_launch
         launches, o, lse, final = resident_launches(problem, inputs, config, last)
         return launches, Result(o, lse, *((None, None) if final is None else final_slots(problem, final)))
     operands = Operands.of(problem, inputs)

@@ -230,6 +230,17 @@ def rotated_keys(p_call, p_recent, rope, start, n, seen, position, m_exists, h, 
 
 
 @triton.jit
+def add_dot(b_sum, b_a, b_b):
+    """b_sum and the product of a further block of columns."""
+    if b_a.dtype == tl.float32:
+        # A sum over blocks of sums over BD columns, whose error grows with BD + D / BD, not with D. Hence the minus:
+        # Triton would make b_sum plus a product one long sum.
+        return b_sum - dot(-b_a, b_b)
+    else:
+        return b_sum + dot(b_a, b_b)
+
+
+@triton.jit
 def token_dots(
     b_q, p_q, row, m_row, p_call, p_recent, start, n, seen, position, m_exists, h, H, R, D: tl.constexpr,
     BD: tl.constexpr,
@@ -245,7 +256,7 @@ def token_dots(
     for begin in range(BD, D, BD):
         column = begin + d
         b_further = load_tokens(p_call, p_recent, start, n, seen, position, m_exists, h, H, R, D, column, column < D)
-        b_dots += dot(load_queries(p_q, row, m_row, D, column, column < D), tl.trans(b_further))
+        b_dots = add_dot(b_dots, load_queries(p_q, row, m_row, D, column, column < D), tl.trans(b_further))
     return b_dots
 
 
@@ -259,7 +270,7 @@ def slot_dots(b_q, p_q, row, m_row, p_slot, m_slot, D: tl.constexpr, BD: tl.cons
         column = begin + d
         mask = m_slot[:, None] & (column < D)[None, :]
         b_further = tl.load(p_slot[:, None] + column[None, :], mask=mask, other=0.0)
-        b_dots += dot(load_queries(p_q, row, m_row, D, column, column < D), tl.trans(b_further))
+        b_dots = add_dot(b_dots, load_queries(p_q, row, m_row, D, column, column < D), tl.trans(b_further))
     return b_dots
 
 
@@ -271,12 +282,12 @@ def rotated_dots(
     """The same of rows and tokens, both rotated; b_lower, b_upper [BR, BH]: the first columns of either half of q."""
     half = tl.arange(0, BH)
     b_kl, b_ku = rotated_keys(p_call, p_recent, rope, start, n, seen, position, m_exists, h, H, R, P, half, HALF)
-    b_dots = dot(b_lower, tl.trans(b_kl)) + dot(b_upper, tl.trans(b_ku))
+    b_dots = add_dot(dot(b_lower, tl.trans(b_kl)), b_upper, tl.trans(b_ku))
     for begin in range(BH, HALF, BH):
         column = begin + half
         b_ql, b_qu = rotated_queries(p_q, rope, row, m_row, seen, t, P, column, HALF)
         b_fl, b_fu = rotated_keys(p_call, p_recent, rope, start, n, seen, position, m_exists, h, H, R, P, column, HALF)
-        b_dots += dot(b_ql, tl.trans(b_fl)) + dot(b_qu, tl.trans(b_fu))
+        b_dots = add_dot(add_dot(b_dots, b_ql, tl.trans(b_fl)), b_qu, tl.trans(b_fu))
     return b_dots
 
 

@@ -36,6 +36,7 @@ from ..problem import Inputs, Problem
 from .hopper import (
     aligned,
     barrier,
+    barriers,
     descriptor,
     fence_async_shared,
     gl,
@@ -49,24 +50,27 @@ from .hopper import (
     warpgroup_mma_wait,
 )
 from .primitives import EARLY, LOG2E, STRONGEST, Launch, wait_for_previous
-from .segment_ends import BM, absorb_weights, add, ends_launches, write_strength
+from .segment_ends import BM, ends_launches, load_slots, strength
 
 ANCHOR = gl.constexpr(96.0)
 TOKENS = gl.constexpr(16)  # of a tile, and of a block of the ring
 HEADS = gl.constexpr(4)  # query heads of a tile
 PROGRAMS = {64: 1, 128: 1, 256: 2}  # that share the columns of the values, by head size
+# exp() of it is 0 in fp32. It stands for all that is lower: sums with -inf would turn into NaN, and large ones, which
+# are subtracted here, lose what is small.
+ERASED = gl.constexpr(-110.0)
 RING = gl.constexpr(8)  # R: WB + 2 at the least, and as many as G less one, or a wait could miss its turn
 
 
 @dataclass(frozen=True, slots=True)
 class ResidentConfig:
-    """How a kernel with the slots on the chip is launched: this one, or the one of `resident_large`.
+    """How a kernel with the slots on the chip is launched.
 
     tiles: of 16 tokens, that a program walks: its segment, a multiple of 4. registers: of a thread of an output
     partition; the state's get what is left.
     """
 
-    REGISTERS: ClassVar[Mapping[int, int]] = {64: 184, 128: 152, 256: 168}  # by head size
+    REGISTERS: ClassVar[Mapping[int, int]] = {64: 184, 128: 152}  # by head size
 
     tiles: int
     registers: int = 152
@@ -128,8 +132,23 @@ def why_not_resident(problem: Problem) -> str | None:
         problem,
         (problem.head_dim == problem.value_dim and problem.head_dim in (64, 128), "takes D = Dv = 64 or 128"),
         (problem.window in (16, 32, 48, 64), "takes W of 16, 32, 48 or 64"),
-        (problem.group <= 8, "takes groups of up to 8 query heads"),
+        (2 <= problem.group <= 8, "takes groups of 2 to 8 query heads"),
     )
+
+
+@gluon.jit
+def add(a, b):
+    return a + b
+
+
+@gluon.jit
+def absorb_weights(b_g, b_strength, acc: gl.constexpr):
+    """How much of each token is left in the slots at the tile's end [TOKENS, BM], and the tile's factor for what the
+    slots held [BM], for rows of `acc`."""
+    b_log2 = gl.maximum(b_g, ERASED) * LOG2E
+    b_total = gl.sum(b_log2, 0)
+    b_later = b_total[None, :] - gl.associative_scan(b_log2, 0, add)
+    return b_strength * gl.exp2(b_later), gl.exp2(gl.convert_layout(b_total, gl.SliceLayout(1, acc)))
 
 
 @gluon.jit
@@ -137,10 +156,10 @@ def decays(b_g, acc: gl.constexpr):
     """From a tile's gates [TOKENS, BM]: the factors of tokens s_j 2^(-c_j - A) and of rows 2^(c_j + A), and how the
     slots (times 2^-A) take the tile in: the weights of its tokens, and what they keep [BM]."""
     b_g = b_g.to(gl.float32)
-    b_strength = write_strength(b_g, None)
+    b_strength = strength(b_g)
     b_cut = gl.associative_scan(gl.maximum(b_g, STRONGEST) * LOG2E, 0, add)  # c
     b_factor = (b_strength * gl.exp2(-b_cut - ANCHOR)).to(gl.bfloat16)
-    b_weight, _, b_keep = absorb_weights(b_g, b_strength, acc)
+    b_weight, b_keep = absorb_weights(b_g, b_strength, acc)
     return b_factor, gl.exp2(b_cut + ANCHOR), (b_weight * 2.0**-ANCHOR).to(gl.bfloat16), b_keep
 
 
@@ -191,22 +210,13 @@ def state_partition(
     """K~ and V~ [BM, D], both times 2^-A. p_before [segments, H, M, 2 D] fp32: at the segment's start; None: zero."""
     acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     gates: gl.constexpr = gl.BlockedLayout([8, 1], [2, 16], [1, 4], [1, 0])  # [TOKENS, BM]
-    if p_before is None:
-        b_k = gl.zeros([BM, D], gl.float32, acc)
-        b_v = gl.zeros([BM, D], gl.float32, acc)
-    else:
-        wait_for_previous()
-        m = gl.arange(0, BM, layout=gl.SliceLayout(1, acc))
-        d = gl.arange(0, D, layout=gl.SliceLayout(0, acc))
-        p_row = p_before + ((segment.to(gl.int64) * H + h) * M + m)[:, None] * (2 * D) + d[None, :]
-        m_row = (m < M)[:, None] & (d < D)[None, :]
-        b_k = gl.load(p_row, mask=m_row, other=0.0)  # [BM, D]
-        b_v = gl.load(p_row + D, mask=m_row, other=0.0)
-
     mbarrier.wait(g_full.index(0), 0)
     b_factor, b_decay, b_weight, b_keep = decays(s_g.index(0).reshape([TOKENS, BM]).load(gates), acc)
-    b_k = b_k * 2.0**-ANCHOR  # only now, so that the loads are under way meanwhile
-    b_v = b_v * 2.0**-ANCHOR
+    if p_before is not None:
+        wait_for_previous()  # not before: until here nothing depends on it
+    row = segment.to(gl.int64) * H + h
+    b_k = load_slots(p_before, row, 0, M, D, D, acc) * 2.0**-ANCHOR
+    b_v = load_slots(p_before, row, D, M, D, D, acc) * 2.0**-ANCHOR
     for i in range(tiles):
         if i >= 2:  # whoever used this stage last is done with it
             mbarrier.wait(done.index((i - 2) % R), ((i - 2) // R) & 1)
@@ -408,21 +418,12 @@ def resident_kernel(
     s_factor = gl.allocate_shared_memory(bf16, [2, TOKENS, BM], tile_layout(2))
     s_decay = gl.allocate_shared_memory(gl.float32, [2, TOKENS, BM], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     s_weight = gl.allocate_shared_memory(bf16, [TOKENS, BM], tile_layout(2))
-    q_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    slots_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    kv_full = gl.allocate_shared_memory(gl.int64, [R, 1], mbarrier.MBarrierLayout())
-    g_full = gl.allocate_shared_memory(gl.int64, [G, 1], mbarrier.MBarrierLayout())
-    done = gl.allocate_shared_memory(gl.int64, [R, 1], mbarrier.MBarrierLayout())
-    for x in gl.static_range(2):
-        mbarrier.init(q_full.index(x), count=1)
-        mbarrier.init(q_empty.index(x), count=1)
-        mbarrier.init(slots_full.index(x), count=1)
-    for x in gl.static_range(R):
-        mbarrier.init(kv_full.index(x), count=1)
-        mbarrier.init(done.index(x), count=PARTS)
-    for x in gl.static_range(G):
-        mbarrier.init(g_full.index(x), count=1)
+    q_full = barriers(2, 1)
+    q_empty = barriers(2, 1)
+    slots_full = barriers(2, 1)
+    kv_full = barriers(R, 1)
+    g_full = barriers(G, 1)
+    done = barriers(R, PARTS)
     fence_async_shared()
     barrier()
     # Written out, since in a variable the sizes would no longer be constants.
@@ -474,7 +475,7 @@ def resident_launches(
     problem: Problem, inputs: Inputs, config: ResidentConfig, last: Callable[..., Launch] = resident_launch
 ) -> tuple[list[Launch], Tensor, Tensor | None, Tensor | None]:
     """The launches in order, and what they fill: o [B, T, HQ, D], and if asked for lse [B, T, HQ] and the final slots
-    [B, H, M, 2 D], both fp32. `last`: which kernel makes o, `resident_launch`, `large_launch` or `single_launch`."""
+    [B, H, M, 2 D], both fp32. `last`: which kernel makes o, `resident_launch` or `single_launch`."""
     batch, tokens, heads, dim = problem.batch, problem.tokens, problem.kv_heads, problem.head_dim
     device = inputs.q.device
     q, k, v, g = (aligned(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g))

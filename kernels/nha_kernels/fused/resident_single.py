@@ -31,9 +31,6 @@ ends later or sooner changes no bit of it.
 The sums c are products with a triangle of ones: gates stay in the layout of the products, rows of 64 slots, and what
 the partitions hand each other moves without bank conflicts.
 
-`forward.choose` does not take it before its tests have passed on a GPU. `resident_large` also serves W below 16 and
-fp32 gates with heads of 256.
-
 Sizes as in `primitives`. BM: slots of a block, those beyond M masked. NEXT: W, rounded up to what a product takes.
 """
 
@@ -62,7 +59,7 @@ from .hopper import (
 )
 from .primitives import FORGET, LOG2E, STRONGEST, Launch, wait_for_previous
 from .resident import ANCHOR, PROGRAMS, ResidentConfig, first_reason
-from .segment_ends import BM, load_slots
+from .segment_ends import BM, load_slots, strength
 
 TOKENS = gl.constexpr(64)  # of a tile, and of a block of the rings
 PART = gl.constexpr(16)  # tokens that share an anchor whatever their gates
@@ -88,13 +85,6 @@ def why_not_single(problem: Problem) -> str | None:
         # Shared memory has no room for wider ones.
         (problem.head_dim < 256 or problem.gate_dtype.itemsize == 2, "takes gates of 16 bits with heads of 256"),
     )
-
-
-@gluon.jit
-def strength(b_g):
-    """1 - exp(g). Where that would cancel, four terms of its series: right to 1e-5, far beyond the bf16 to come."""
-    b_series = b_g * (1.0 + b_g * (0.5 + b_g * (1 / 6 + b_g * (1 / 24))))
-    return gl.where(b_g > -0.02, -b_series, 1.0 - gl.exp2(b_g * LOG2E))
 
 
 @gluon.jit
@@ -177,9 +167,9 @@ def gates_again(s_g, s_sum, layout: gl.constexpr):
 
 @gluon.jit
 def factors(b_g, b_sum):
-    """s_j 2^(-c_j - A), in bf16, and 2^(c_j + A)."""
-    b_sum = b_sum * LOG2E
-    return (strength(b_g) * gl.exp2(-b_sum - ANCHOR)).to(gl.bfloat16), gl.exp2(b_sum + ANCHOR)
+    """s_j 2^(-c_j - A), in bf16, and 2^(c_j + A): the same to the bit, whatever steps their tile is taken in by."""
+    b_factor = strength(b_g) * gl.exp2(gl.fma(b_sum, -LOG2E, -ANCHOR))
+    return b_factor.to(gl.bfloat16), gl.exp2(gl.fma(b_sum, LOG2E, ANCHOR))
 
 
 @gluon.jit
@@ -229,18 +219,16 @@ def state_partition(
     of_keys: gl.constexpr = gl.SliceLayout(1, keys)
     of_values: gl.constexpr = gl.SliceLayout(1, values)
     TERMS: gl.constexpr = 1 if s_g.dtype == gl.bfloat16 else 2
-    if p_before is not None:
-        wait_for_previous()
-    b_k = load_slots(p_before, row, 0, M, D, D, keys)
-    b_v = load_slots(p_before, row, D + column, M, D, DV, values)
     s_gate = s_g.reshape([TOKENS, BM])
     mbarrier.wait(g_full.index(0), 0)
     b_sum = add_up(gl.maximum(s_gate.load(rows).to(gl.float32), FORGET), s_sum, s_upto, TERMS)
     b_factor, b_decay = factors(gates_again(s_gate, s_sum, rows), b_sum)
     if TERMS == 1:
         mbarrier.arrive(g_free.index(0), count=1)
-    b_k = b_k * 2.0**-ANCHOR
-    b_v = b_v * 2.0**-ANCHOR
+    if p_before is not None:
+        wait_for_previous()  # not before: until here nothing depends on it
+    b_k = load_slots(p_before, row, 0, M, D, D, keys) * 2.0**-ANCHOR
+    b_v = load_slots(p_before, row, D + column, M, D, DV, values) * 2.0**-ANCHOR
     turn = 0  # steps so far
     for i in range(tiles):
         place = i % R
@@ -308,6 +296,17 @@ def state_partition(
             part = end
 
 
+@gluon.constexpr_function
+def store_layout(columns: int) -> Any:
+    """Of o [64, columns] on its way to memory: as in a product, but 8 neighbouring columns a thread, which go in one
+    piece. Its rows stay with their threads, four of which exchange columns."""
+    further = [[0, 32 << x] for x in range((columns // 32).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [0, 2], [0, 4], *further, [8, 0]], lane_bases=[[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[64, columns],
+    )  # fmt: skip
+
+
 @gluon.jit
 def zero_of(s_zero, x: gl.constexpr):
     """0, but not for the compiler, which would else keep the address of each product in registers from tile to tile."""
@@ -326,6 +325,7 @@ def output_partition(
     nexts: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, NEXT, 16])
     values: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, DV, 16])
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=slots, k_width=2)
+    stored: gl.constexpr = store_layout(DV)
     of_slots: gl.constexpr = gl.SliceLayout(1, slots)
     of_nexts: gl.constexpr = gl.SliceLayout(1, nexts)
     of_values: gl.constexpr = gl.SliceLayout(1, values)
@@ -334,7 +334,7 @@ def output_partition(
 
     j = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, slots))[None, :]
     j_next = gl.arange(0, NEXT, layout=gl.SliceLayout(0, nexts))[None, :] + (TOKENS - W)
-    d = gl.arange(0, DV, layout=gl.SliceLayout(0, values))[None, :]
+    d = gl.arange(0, DV, layout=gl.SliceLayout(0, stored))[None, :]
     to_log2 = scale * LOG2E
     b_zero = gl.zeros([TOKENS, BM], gl.float32, slots)
     gl.static_assert(BM == TOKENS)
@@ -400,24 +400,30 @@ def output_partition(
             b_next = gl.convert_layout(b_next.to(bf16), left)
             mbarrier.wait(v_full.index(i % R), (i // R) & 1)
             mbarrier.wait(v_full.index((i + 1) % R), ((i + 1) // R) & 1)
-            b_new, b_slot = warpgroup_mma_wait(0, deps=(b_new, b_slot))
-            b_own = gl.convert_layout(gl.where(j <= s_row.load(of_slots)[:, None], b_new, b_own).to(bf16), left)
-
-            # The values.
-            b_o = gl.zeros([TOKENS, DV], gl.float32, values)
-            b_o = warpgroup_mma(b_slot, s_slot_v.index(at_values), b_o, use_acc=False, is_async=True)
             s_value = s_v.index((i + 1) % R + at_values).reshape([TOKENS, DV]).slice(0, NEXT)
-            b_o = warpgroup_mma(b_next, s_value, b_o, is_async=True)
+            b_o = gl.zeros([TOKENS, DV], gl.float32, values)
+            if D == 256:  # no registers for o while the weights are still made
+                b_new, b_slot = warpgroup_mma_wait(0, deps=(b_new, b_slot))
+                b_own = gl.where(j <= s_row.load(of_slots)[:, None], b_new, b_own)
+                b_own = gl.convert_layout(b_own.to(bf16), left)
+                b_o = warpgroup_mma(b_slot, s_slot_v.index(at_values), b_o, use_acc=False, is_async=True)
+                b_o = warpgroup_mma(b_next, s_value, b_o, is_async=True)
+            else:
+                b_o = warpgroup_mma(b_slot, s_slot_v.index(at_values), b_o, use_acc=False, is_async=True)
+                b_o = warpgroup_mma(b_next, s_value, b_o, is_async=True)
+                b_new = warpgroup_mma_wait(2, deps=(b_new,))
+                b_own = gl.where(j <= s_row.load(of_slots)[:, None], b_new, b_own)
+                b_own = gl.convert_layout(b_own.to(bf16), left)
             b_o = warpgroup_mma(b_own, s_v.index(i % R + at_values).reshape([TOKENS, DV]), b_o, is_async=True)
             b_o = warpgroup_mma_wait(0, deps=(b_o, b_slot, b_next, b_own))[0]
             barrier()
             mbarrier.arrive(rest_free.index(0), count=1)
             mbarrier.arrive(v_free.index(i % R), count=1, pred=last)
             b_o = b_o * gl.convert_layout(1.0 / b_sum, of_values)[:, None]
-            t = s_row.load(of_values)
+            t = s_row.load(gl.SliceLayout(1, stored))
             mine = (first + t < T) & (t // PART >= part) & (t // PART < end)
             p_row = p_o + ((n.to(gl.int64) * T + first + t) * H + h)[:, None] * D + column + d
-            gl.store(p_row, b_o.to(bf16), mask=mine[:, None])
+            gl.store(p_row, gl.convert_layout(b_o.to(bf16), stored), mask=mine[:, None])
             if p_lse is not None:
                 t = s_row.load(of_slots)
                 mine = (first + t < T) & (t // PART >= part) & (t // PART < end)

@@ -1,5 +1,5 @@
 """The slots at the start of each segment, for a kernel that then walks the segments side by side (`resident`,
-`resident_large`, `resident_single`).
+`resident_single`).
 
 Every segment's own contribution, from zero (`ends_kernel`), and a scan over them (`scan_kernel` of `states`): keys and
 values are read once, and a state is written for each segment only. In Gluon, for Hopper.
@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 
 from ..problem import Problem
-from . import primitives
 from .hopper import (
     barrier,
+    barriers,
     descriptor,
     fence_async_shared,
     gl,
@@ -25,63 +25,47 @@ from .hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .primitives import LOG2E, Launch, Layout, start_next
+from .primitives import FORGET, LOG2E, Launch, Layout, start_next
 from .states import scan_launch
 
-# exp() of it is 0 in fp32. It stands for all that is lower: sums with -inf would turn into NaN, and large ones, which
-# are subtracted here, lose what is small.
-ERASED = gl.constexpr(-110.0)
 BM = gl.constexpr(64)
 STEP = gl.constexpr(64)  # tokens that the slots take in at once
-STAGES = gl.constexpr(3)  # steps whose keys and values are under way
+STAGES = {64: 3, 128: 2}  # steps whose keys, values and gates are under way, by columns; more do not help
 NO_PIECES = Layout(None, None, None, None)
 
-# The same arithmetic in Gluon's language.
-write_strength = gluon.jit(primitives.write_strength.fn)
-
 
 @gluon.jit
-def add(a, b):
-    return a + b
+def strength(b_g):
+    """1 - exp(g). Where that would cancel, four terms of its series: right to about 1e-5, far beyond the bf16 to come
+    (unlike `write_strength` of `primitives`, which is for fp32 too, and dearer).
+
+    What the compiler may fuse is fused, lest it do so in one place and not in another.
+    """
+    b_series = gl.fma(b_g, 1 / 24, 1 / 6)
+    b_series = gl.fma(b_g, gl.fma(b_g, b_series, 0.5), 1.0)
+    return gl.where(b_g > -0.02, -b_g * b_series, 1.0 - gl.exp2(b_g * LOG2E))
 
 
-@gluon.jit
-def load_gates(p_g, n, h, t, end, T, H, M: gl.constexpr, layout: gl.constexpr):
-    """g of STEP tokens from t on, [STEP, BM]; 0, which changes nothing, before the first token and from `end` on."""
-    j = t + gl.arange(0, STEP, layout=gl.SliceLayout(1, layout))
-    m = gl.arange(0, BM, layout=gl.SliceLayout(0, layout))
-    row = (n.to(gl.int64) * T + j) * H + h
-    m_gate = ((j >= 0) & (j < end))[:, None] & (m < M)[None, :]
-    return gl.load(p_g + row[:, None] * M + m[None, :], mask=m_gate, other=0.0)
-
-
-@gluon.jit
-def absorb_weights(b_g, b_strength, acc: gl.constexpr):
-    """How much of each token is left in the slots at the block's end [tokens, BM], the block's decay [BM] in log2, and
-    its factor for what the slots held, for rows of `acc`."""
-    b_log2 = gl.maximum(b_g, ERASED) * LOG2E
-    b_total = gl.sum(b_log2, 0)
-    b_later = b_total[None, :] - gl.associative_scan(b_log2, 0, add)
-    b_keep = gl.exp2(gl.convert_layout(b_total, gl.SliceLayout(1, acc)))
-    return b_strength * gl.exp2(b_later), b_total, b_keep
-
-
-@gluon.jit(do_not_specialize=["T", "end", "blocks", "segments", "programs", "start"])
+@gluon.jit(do_not_specialize=["start", "blocks", "segments", "programs"])
 def ends_kernel(
-    d_k, d_v, p_g, p_ends, p_totals, T, end, start, blocks, segments, programs,
-    H: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, M: gl.constexpr,
+    d_k, d_v, d_g, p_ends, p_totals, start, blocks, segments, programs,
+    H: gl.constexpr, D: gl.constexpr, COLUMNS: gl.constexpr, M: gl.constexpr, R: gl.constexpr,
 ):  # fmt: skip
     """What the `blocks` * STEP tokens of one segment leave in COLUMNS columns of K~ and V~ of one kv head, from zero.
 
-    Segment s of a sequence begins at token start + s * blocks * STEP; tokens before 0 and from `end` on do not enter.
-    d_k, d_v: [N, end, H, D]; p_ends [N * segments, H, M, 2 D] and p_totals [N * segments, H, M] fp32, as `scan_kernel`
-    takes them, of the first `programs` segments of each sequence.
+    Segment s of a sequence begins at token start + s * blocks * STEP. d_k, d_v [N, end, H, D], d_g [N, end, H, M]:
+    tokens before 0 and from `end` on read as 0, which leaves nothing. p_ends [N * segments, H, M, 2 D] and p_totals
+    [N * segments, H, M] fp32, as `scan_kernel` takes them, of the first `programs` segments of each sequence. R: steps
+    under way.
+
+    From the last token to the first: so what is left of a token at the segment's end is known as it comes, and neither
+    K~ nor V~ ever decays. Slots are the rows of all products, which hand each other the gates in registers.
     """
-    # Two warpgroups: they share the gates' arithmetic, which takes longer than the products.
-    acc: gl.constexpr = gl.NVMMADistributedLayout(
-        version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, COLUMNS // 2, 16]
-    )
-    gates: gl.constexpr = gl.BlockedLayout([STEP // 4, 1], [4, 8], [1, 8], [1, 0])  # [STEP, BM]
+    acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, COLUMNS, 16])
+    gates: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, STEP, 16])
+    totals: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, 8, 16])
+    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=gates, k_width=2)
+    bf16: gl.constexpr = gl.bfloat16
     # At once: no program of the next kernel takes room from this one's, which have all started by then.
     start_next()
     column = gl.program_id(0) % (D // COLUMNS) * COLUMNS
@@ -89,46 +73,62 @@ def ends_kernel(
     h = program % H
     n = program // H // programs
     index = program // H % programs
-    t0 = start + index * blocks * STEP
+    t_last = start + (index + 1) * blocks * STEP - STEP  # of the last step
 
-    s_k = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, STEP, 1, COLUMNS], tile_layout(4))
-    s_v = gl.allocate_shared_memory(gl.bfloat16, [STAGES, 1, STEP, 1, COLUMNS], tile_layout(4))
-    s_weight = gl.allocate_shared_memory(gl.bfloat16, [STEP, BM], tile_layout(2))
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for x in gl.static_range(STAGES):
-        mbarrier.init(full.index(x), count=1)
+    GATE_BITS: gl.constexpr = d_g.dtype.primitive_bitwidth
+    BYTES: gl.constexpr = 2 * STEP * COLUMNS * 2 + STEP * BM * (GATE_BITS // 8)  # of a step
+    s_k = gl.allocate_shared_memory(bf16, [R, 1, STEP, 1, COLUMNS], tile_layout(4))
+    s_v = gl.allocate_shared_memory(bf16, [R, 1, STEP, 1, COLUMNS], tile_layout(4))
+    s_g = gl.allocate_shared_memory(d_g.dtype, [R, 1, STEP, 1, BM], tile_layout(4, GATE_BITS))
+    s_later = gl.allocate_shared_memory(bf16, [STEP, STEP], tile_layout(2))  # [j, token]: is token j later?
+    s_ones = gl.allocate_shared_memory(bf16, [8, STEP], tile_layout(2))
+    triangle: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0])
+    j = gl.arange(0, STEP, layout=gl.SliceLayout(1, triangle))[:, None]
+    s_later.store((j > gl.arange(0, STEP, layout=gl.SliceLayout(0, triangle))[None, :]).to(bf16))
+    s_ones.store(gl.full([8, STEP], 1.0, bf16, triangle))
+    full = barriers(R, 1)
     fence_async_shared()
     barrier()
-    for x in gl.static_range(STAGES):
-        mbarrier.expect(full.index(x), 2 * STEP * COLUMNS * 2, pred=x < blocks)
-        load_async(d_k, [n, t0 + x * STEP, h, column], full.index(x), s_k.index(x), pred=x < blocks)
-        load_async(d_v, [n, t0 + x * STEP, h, column], full.index(x), s_v.index(x), pred=x < blocks)
+    for x in gl.static_range(R):
+        t = t_last - x * STEP
+        mbarrier.expect(full.index(x), BYTES, pred=x < blocks)
+        load_async(d_g, [n, t, h, 0], full.index(x), s_g.index(x), pred=x < blocks)
+        load_async(d_k, [n, t, h, column], full.index(x), s_k.index(x), pred=x < blocks)
+        load_async(d_v, [n, t, h, column], full.index(x), s_v.index(x), pred=x < blocks)
 
     b_k = gl.zeros([BM, COLUMNS], gl.float32, acc)
     b_v = gl.zeros([BM, COLUMNS], gl.float32, acc)
-    b_sum = gl.zeros([BM], gl.float32, gl.SliceLayout(0, gates))
-    b_next = load_gates(p_g, n, h, t0, end, T, H, M, gates)  # [STEP, BM]
+    b_none = gl.zeros([BM, STEP], gl.float32, gates)
+    b_total = gl.zeros([BM, 8], gl.float32, totals)  # gates of the steps so far, the same in all columns
+    s_one = s_ones.permute((1, 0))
     for x in range(blocks):
-        b_g = b_next.to(gl.float32)
-        b_next = load_gates(p_g, n, h, t0 + (x + 1) * STEP, end, T, H, M, gates)
-        b_weight, b_total, b_keep = absorb_weights(b_g, write_strength(b_g, None), acc)
-        b_sum += b_total
-        s_weight.store(b_weight.to(gl.bfloat16))
-        fence_async_shared()
-        barrier()
-        b_k = b_k * b_keep[:, None]
-        b_v = b_v * b_keep[:, None]
-        place = x % STAGES
-        mbarrier.wait(full.index(place), (x // STAGES) & 1)
-        s_left = s_weight.permute((1, 0))  # [BM, STEP]
-        b_k = warpgroup_mma(s_left, s_k.index(place).reshape([STEP, COLUMNS]), b_k, is_async=True)
-        b_v = warpgroup_mma(s_left, s_v.index(place).reshape([STEP, COLUMNS]), b_v, is_async=True)
-        b_k, b_v = warpgroup_mma_wait(0, deps=[b_k, b_v])
+        place = x % R
+        mbarrier.wait(full.index(place), (x // R) & 1)
+        b_g = s_g.index(place).reshape([STEP, BM]).permute((1, 0)).load(left).to(gl.float32)  # [BM, STEP]
+        b_g = gl.maximum(b_g, FORGET)  # a sum with 0 * -inf would be NaN
+        b_since = gl.max(b_total, 1) * LOG2E  # [BM]
+        b_high = b_g.to(bf16)  # [BM, STEP], as are b_later, b_low and b_left
+        b_later = warpgroup_mma(b_high, s_later, b_none, use_acc=False, is_async=True)
+        b_total = warpgroup_mma(b_high, s_one, b_total, is_async=True)
+        b_later, b_total, b_high = warpgroup_mma_wait(0, deps=(b_later, b_total, b_high))
+        if GATE_BITS == 32:
+            b_low = (b_g - b_high.to(gl.float32)).to(bf16)  # and the rest of them
+            b_later = warpgroup_mma(b_low, s_later, b_later, is_async=True)
+            b_total = warpgroup_mma(b_low, s_one, b_total, is_async=True)
+            b_later, b_total, b_low = warpgroup_mma_wait(0, deps=(b_later, b_total, b_low))
+        b_since = gl.convert_layout(b_since, gl.SliceLayout(1, gates))[:, None]
+        b_left = gl.exp2(gl.fma(b_later, LOG2E, b_since)) * strength(gl.convert_layout(b_g, gates))
+        b_left = gl.convert_layout(b_left.to(bf16), left)
+        b_k = warpgroup_mma(b_left, s_k.index(place).reshape([STEP, COLUMNS]), b_k, is_async=True)
+        b_v = warpgroup_mma(b_left, s_v.index(place).reshape([STEP, COLUMNS]), b_v, is_async=True)
+        b_k, b_v, b_left = warpgroup_mma_wait(0, deps=(b_k, b_v, b_left))
         barrier()  # all warps are done with this place
-        ahead = x + STAGES < blocks
-        mbarrier.expect(full.index(place), 2 * STEP * COLUMNS * 2, pred=ahead)
-        load_async(d_k, [n, t0 + (x + STAGES) * STEP, h, column], full.index(place), s_k.index(place), pred=ahead)
-        load_async(d_v, [n, t0 + (x + STAGES) * STEP, h, column], full.index(place), s_v.index(place), pred=ahead)
+        ahead = x + R < blocks
+        t = t_last - (x + R) * STEP
+        mbarrier.expect(full.index(place), BYTES, pred=ahead)
+        load_async(d_g, [n, t, h, 0], full.index(place), s_g.index(place), pred=ahead)
+        load_async(d_k, [n, t, h, column], full.index(place), s_k.index(place), pred=ahead)
+        load_async(d_v, [n, t, h, column], full.index(place), s_v.index(place), pred=ahead)
 
     m = gl.arange(0, BM, layout=gl.SliceLayout(1, acc))
     d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, acc))
@@ -137,8 +137,8 @@ def ends_kernel(
     m_row = (m < M)[:, None] & (d < COLUMNS)[None, :]
     gl.store(p_row, b_k, mask=m_row)
     gl.store(p_row + D, b_v, mask=m_row)
-    slot = gl.arange(0, BM, layout=gl.SliceLayout(0, gates))
-    gl.store(p_totals + row + slot, b_sum, mask=(slot < M) & (column == 0))
+    slot = gl.arange(0, BM, layout=gl.SliceLayout(1, totals))
+    gl.store(p_totals + row + slot, gl.max(b_total, 1) * LOG2E, mask=(slot < M) & (column == 0))
 
 
 @gluon.jit
@@ -172,13 +172,14 @@ def ends_launches(
     totals = torch.empty(batch * segments, heads, slots, dtype=torch.float32, device=k.device)
     programs = segments if final is not None else segments - 1  # what follows the last segment is not needed
     columns = min(dim, 128)  # a program's: with large heads there are few segments, and so few programs
-    box = [1, STEP.value, 1, columns]
+    box, gate_box = [1, STEP.value, 1, columns], [1, STEP.value, 1, BM.value]
     arguments = dict(
-        d_k=descriptor(k[:, :entered], box), d_v=descriptor(v[:, :entered], box), p_g=g, p_ends=before,
-        p_totals=totals, T=tokens, end=entered, start=-problem.delay, blocks=length // STEP.value, segments=segments,
-        programs=programs, H=heads, D=dim, COLUMNS=columns, M=slots,
+        d_k=descriptor(k[:, :entered], box), d_v=descriptor(v[:, :entered], box),
+        d_g=descriptor(g[:, :entered], gate_box), p_ends=before, p_totals=totals, start=-problem.delay,
+        blocks=length // STEP.value, segments=segments, programs=programs, H=heads, D=dim, COLUMNS=columns, M=slots,
+        R=STAGES[columns],
     )  # fmt: skip
     return [
-        Launch(ends_kernel, (batch * programs * heads * (dim // columns),), arguments, {"num_warps": 8}),
+        Launch(ends_kernel, (batch * programs * heads * (dim // columns),), arguments, {"num_warps": 4}),
         scan_launch(problem, NO_PIECES, before, totals, None, final, segments, early=True),
     ], before

@@ -185,7 +185,8 @@ def segment_kernel(
 @triton.jit(do_not_specialize=["segments"])
 def scan_kernel(
     layout, p_ends, p_totals, p_initial, p_final, segments,
-    H: tl.constexpr, M: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, IS_EARLY: tl.constexpr,
+    H: tl.constexpr, M: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, AHEAD: tl.constexpr,
+    IS_EARLY: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one kv head, BM slots, BE columns: turn the segments' contributions into the slots before each.
 
@@ -213,7 +214,7 @@ def scan_kernel(
     else:
         b_state = tl.load(p_initial + own, mask=m_state, other=0.0)
     row = (first.to(tl.int64) * H + h) * M + m
-    for _ in tl.range(0, count, num_stages=4):
+    for _ in tl.range(0, count, num_stages=AHEAD):
         p_end = p_ends + row[:, None] * E + e[None, :]  # [BM, BE]
         b_end = tl.load(p_end, mask=m_state, other=0.0)
         b_decay = tl.exp2(tl.load(p_totals + row, mask=m_slot, other=0.0))  # [BM]
@@ -268,11 +269,12 @@ def scan_launch(
     """The launch that turns ends [pieces, H, M, E] into the slots before each segment; arguments as `scan_kernel`'s."""
     heads, slots, width = problem.kv_heads, problem.slots, problem.head_dim + problem.value_dim
     columns = min(128, triton.next_power_of_2(width))
-    # Early programs, while they wait, keep away those of the next kernel, which need a whole processor: so few of them.
-    rows, warps = (16, 8) if early else (1, 1)
+    # Early programs keep away those of the next kernel, which need a whole processor: so few warps in all, each with
+    # many segments under way.
+    rows, warps, ahead = (8, 4, 8) if early else (1, 1, 4)
     arguments = dict(
         layout=layout, p_ends=ends, p_totals=totals, p_initial=initial, p_final=final, segments=segments, H=heads,
-        M=slots, E=width, BM=rows, BE=columns, IS_EARLY=early,
+        M=slots, E=width, BM=rows, BE=columns, AHEAD=ahead, IS_EARLY=early,
     )  # fmt: skip
     grid = (problem.sequences, heads, -(-slots // rows) * -(-width // columns))
     return Launch(scan_kernel, grid, arguments, {"num_warps": warps, **(EARLY if early else {})})
