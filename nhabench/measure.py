@@ -254,7 +254,7 @@ def _race(lab: Lab, case: Case, racing: Sequence[Entry], said: Callable[[str], o
         if isinstance(result, Timing):
             lab.last[entry.contender.name, case.workload, case.dtype] = (case, result.median_ms / 1e3)
             columns = dataclasses.asdict(result)
-            del columns["late"]
+            del columns["late"], columns["left_out"]
             timer = lab.timer.name + (HOST_TIME if result.includes_host else "")
             entry.changes.update(columns, timer=timer, **_clock_columns(before[0], after))
             entry.end("ok", " ".join(filter(None, (entry.contender.remark, _host_note(result)))))
@@ -263,6 +263,8 @@ def _race(lab: Lab, case: Case, racing: Sequence[Entry], said: Callable[[str], o
 
 
 def _host_note(timing: Timing) -> str:
+    if timing.left_out:
+        return f"{timing.left_out} further samples are left out: they may hold host time."
     if not timing.includes_host:
         return ""
     return (

@@ -153,7 +153,8 @@ def median_ranks(count: int) -> tuple[int, int]:
 class Timing:
     """Summary of the samples of one contender, in milliseconds. `stop`: why there are no more of them.
 
-    low_ms, high_ms: the median's interval, None with too few samples for one. late: how many of them were.
+    low_ms, high_ms: the median's interval, None with too few samples for one. late: how many of them were. left_out: how
+    many late samples were taken beside them, and do not count.
     """
 
     median_ms: float
@@ -164,6 +165,7 @@ class Timing:
     samples: int
     stop: str
     late: int = 0
+    left_out: int = 0
 
     @property
     def includes_host(self) -> bool:
@@ -171,7 +173,7 @@ class Timing:
         return 2 * self.late > self.samples
 
 
-def summarise(samples: Sequence[float], stop: str = "", late: int = 0) -> Timing:
+def summarise(samples: Sequence[float], stop: str = "", late: int = 0, left_out: int = 0) -> Timing:
     """Median, its interval, least and 95th percentile. Raises ValueError without samples."""
     if not samples:
         raise ValueError("samples: expected at least one, got none")
@@ -182,7 +184,7 @@ def summarise(samples: Sequence[float], stop: str = "", late: int = 0) -> Timing
     if len(ordered) >= LEAST_SAMPLES:
         low, high = (ordered[rank] for rank in median_ranks(len(ordered)))
     p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
-    return Timing(median, low, high, ordered[0], p95, len(ordered), stop, late)
+    return Timing(median, low, high, ordered[0], p95, len(ordered), stop, late, left_out)
 
 
 def precise(samples: Sequence[float]) -> bool:
@@ -199,8 +201,10 @@ def precise(samples: Sequence[float]) -> bool:
 class _Runner:
     call: TimedCall
     stopwatch: Stopwatch
-    samples: list[float] = field(default_factory=list)
-    late: int = 0
+    clock: Callable[[], float]
+    in_time: list[float] = field(default_factory=list)
+    late: list[float] = field(default_factory=list)
+    spent_s: float = 0.0  # of this machine's time, whatever the device needed
     pilot_ms: float = 0.0
     stop: str = ""
     error: Exception | None = None
@@ -213,18 +217,36 @@ class _Runner:
     def slow(self) -> bool:
         return self.pilot_ms >= SLOW_MS
 
+    @property
+    def taken(self) -> int:
+        """Samples so far, of the kind of which there are more."""
+        return max(len(self.in_time), len(self.late))
+
+    @property
+    def samples(self) -> list[float]:
+        """Those that count: late ones, which may hold host time, only where there are not enough others."""
+        return self.in_time if len(self.in_time) >= max(LEAST_SAMPLES, len(self.late)) else self.in_time + self.late
+
     def run(self, inputs: int) -> Sample | None:
         """One call. What it raises, or what shows only when the device is waited for, ends this runner."""
+        begin = self.clock()
         try:
             return self.stopwatch(partial(self.call, inputs))
         except Exception as error:
             self.error = without_frames(error)
             return None
+        finally:
+            self.spent_s += self.clock() - begin
 
     def keep(self, sample: Sample | None) -> None:
         if sample is not None:
-            self.samples.append(sample.ms)
-            self.late += sample.late
+            (self.late if sample.late else self.in_time).append(sample.ms)
+
+    def timing(self) -> Timing:
+        late = len(self.late)
+        if self.samples is self.in_time:
+            return summarise(self.in_time, self.stop, left_out=late)
+        return summarise(self.samples, self.stop, late)
 
 
 def race(
@@ -239,10 +261,11 @@ def race(
 
     Every call gets the next of the rotated input sets, whoever makes it: none finds the inputs of its predecessor in a
     cache. A contender leaves the race when its median is precise, or when it has had its share of the time (but at
-    least LEAST_SAMPLES turns, unless all of that takes longer than LONGEST_RACE_S). `started` is called once everything
-    is warm. The result holds, for each call, its timing, or what it raised.
+    least LEAST_SAMPLES turns, unless all of that takes longer than LONGEST_RACE_S): so slow ones do not use up the time
+    of the others. `started` is called once everything is warm. The result holds, for each call, its timing, or what it
+    raised.
     """
-    runners = [_Runner(call, timer.stopwatch()) for call in calls]
+    runners = [_Runner(call, timer.stopwatch(), clock) for call in calls]
     inputs = itertools.cycle(range(sets))
     for runner in runners:
         pilot = runner.run(next(inputs))
@@ -256,22 +279,23 @@ def race(
                 runner.run(next(inputs))
     started()
     begin, turn = clock(), 0
-    share_ms = seconds * 1e3 / max(1, len(runners))
+    share_s = seconds / max(1, len(runners))
+    for runner in runners:
+        runner.spent_s = 0.0
     while any(runner.active for runner in runners):
         turn += 1
         for runner in runners:
             if runner.active:
                 runner.keep(runner.run(next(inputs)))
-        elapsed = clock() - begin
-        least = 1 if elapsed >= max(seconds, LONGEST_RACE_S) else LEAST_SAMPLES
+        least = 1 if clock() - begin >= max(seconds, LONGEST_RACE_S) else LEAST_SAMPLES
         for runner in runners:
-            if runner.active and len(runner.samples) >= least:
-                runner.stop = _stop(runner, elapsed >= seconds, share_ms, turn)
-    return [runner.error or summarise(runner.samples, runner.stop, runner.late) for runner in runners]
+            if runner.active and runner.taken >= least:
+                runner.stop = _stop(runner, runner.spent_s >= share_s, turn)
+    return [runner.error or runner.timing() for runner in runners]
 
 
-def _stop(runner: _Runner, over: bool, share_ms: float, turn: int) -> str:
-    if over or sum(runner.samples) >= share_ms:
+def _stop(runner: _Runner, over: bool, turn: int) -> str:
+    if over:
         return "interval" if precise(runner.samples) else "time limit"
     # Sorting after every single turn would cost the host more than some calls take.
     return "interval" if turn % 8 == 0 and precise(runner.samples) else ""

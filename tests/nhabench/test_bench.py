@@ -311,6 +311,22 @@ def test_host_time_is_in_the_row_and_in_the_table(
     assert "h includes host time" in " ".join(bench.tables.getvalue().split())
 
 
+def test_the_row_says_how_many_samples_were_left_out(
+    bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Hesitant(WallClock):
+        def stopwatch(self) -> Stopwatch:
+            time = super().stopwatch()
+            return lambda call: Sample(time(call).ms, late=next(sample) in (4, 7))
+
+    sample = iter(range(10_000))
+    monkeypatch.setattr(module, "WallClock", Hesitant)
+    bench([contenders.nha("queued")], lengths=[16])
+    row = bench.rows["queued", 16]
+    assert row.note == "2 further samples are left out: they may hold host time."
+    assert row.timer == "wall clock"
+
+
 def test_out_of_memory_at_one_size_costs_that_size(bench: Bench, contenders: Any) -> None:
     def big(inputs: Inputs) -> torch.Tensor:
         if inputs.case.seq_len == 32:

@@ -154,6 +154,52 @@ def test_a_slow_call_is_repeated_as_often_as_an_interval_needs() -> None:
     assert slow.low_ms == pytest.approx(400.0)
 
 
+def test_slow_calls_do_not_use_up_the_time_of_the_others() -> None:
+    time, generator = FakeTime(), random.Random(3)
+    fast, slow = race(
+        [time.call("f", lambda: generator.uniform(0.5, 1.5)), time.call("s", lambda: 90.0)],
+        time, sets=1, seconds=0.1, clock=time,
+    )  # fmt: skip
+    assert isinstance(fast, Timing)
+    assert isinstance(slow, Timing)
+    assert slow.samples == LEAST_SAMPLES
+    assert fast.samples > 40  # of about 1 ms, in its 50
+
+
+class Lateness(FakeTime):
+    """Every so many samples is late, and ten times as long for it."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.count, self.every = 0, every
+
+    def time(self, call: Callable[[], object]) -> Sample:
+        self.count += 1
+        late = self.count % self.every == 0
+        if late:
+            self.now += 9e-3
+        return Sample(super().time(call).ms * (10 if late else 1), late)
+
+
+@pytest.mark.parametrize("every", [3, 5, 7])
+def test_late_samples_are_left_out_where_there_are_enough_others(every: int) -> None:
+    time = Lateness(every)
+    (timing,) = race([time.call("a", lambda: 1.0)], time, sets=1, seconds=0.05, clock=time)
+    assert isinstance(timing, Timing)
+    assert timing.samples >= LEAST_SAMPLES
+    assert timing.left_out > 0
+    assert (timing.high_ms, timing.late) == (pytest.approx(1.0), 0)
+    assert not timing.includes_host
+
+
+def test_a_call_that_is_always_late_is_timed_all_the_same() -> None:
+    time = Lateness(1)
+    (timing,) = race([time.call("a", lambda: 1.0)], time, sets=1, seconds=0.05, clock=time)
+    assert isinstance(timing, Timing)
+    assert (timing.left_out, timing.late) == (0, timing.samples)
+    assert timing.includes_host
+
+
 def test_a_race_that_takes_far_too_long_ends_without_an_interval() -> None:
     time = FakeTime()
     (slow,) = race([time.call("s", lambda: 11_000.0)], time, sets=1, seconds=2.0, clock=time)
