@@ -1,4 +1,4 @@
-"""The project's commands: `nox` runs tests, lint and types; `nox -s bench` runs the benchmark."""
+"""The project's commands: `nox` runs tests, lint and types, `nox -s bench` and `nox -s regress` what their names say."""
 
 import nox
 
@@ -23,6 +23,13 @@ def bench(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, "--editable", ".")
     # Ctrl-C reaches the benchmark too, which then writes down what it has measured: leave it the time.
     session.run("python", "-m", "nhabench", "bench", *session.posargs, interrupt_timeout=60, terminate_timeout=10)
+
+
+@nox.session
+def regress(session: nox.Session) -> None:
+    """Is this checkout slower than a commit, or wrong? nox -s regress -- [BASE] [options of `nhabench regress`]."""
+    session.install(*CONSTRAINTS, "--editable", ".")
+    session.run("python", "-m", "nhabench", "regress", *session.posargs)
 
 
 @nox.session

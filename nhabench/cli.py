@@ -1,4 +1,4 @@
-"""The command line: `python -m nhabench bench | plot | workloads`."""
+"""The command line: `python -m nhabench bench | regress | plot | workloads`."""
 
 from __future__ import annotations
 
@@ -15,11 +15,15 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from nhabench.bench import Options, all_contenders, run
-from nhabench.environment import device_slug, named_commit
+from nha_kernels import BACKENDS
+from nhabench.bench import EXIT_DEVICE, Options, all_contenders, run
+from nhabench.compare import EXIT_CODES, LIMITS, worst
+from nhabench.environment import checkout, device_name, device_slug, git_state, named_commit
+from nhabench.implementations import implementations
 from nhabench.plots import draw_all
+from nhabench.regress import FOLDER, Comparison, SideError, compare_versions, version
 from nhabench.results import load_rows
-from nhabench.workloads import DTYPES, SEQ_LENS, Workload, cases, load_workloads, select
+from nhabench.workloads import DTYPES, SEQ_LENS, Case, Workload, cases, load_workloads, select
 
 WIDE = 200  # columns of output that is not a terminal's
 
@@ -174,6 +178,96 @@ def _run(options: Options, as_json: bool) -> int:
         plots = [str(plot) for plot in outcome.plots]
         print(json.dumps({"csv": str(outcome.csv), "plots": plots, "exit_code": outcome.exit_code, "rows": rows}))
     return outcome.exit_code
+
+
+@app.command()
+def regress(
+    base: Annotated[
+        str | None, typer.Argument(help="The commit to compare with. HEAD by default, or HEAD~1 if nothing changed.")
+    ] = None,
+    workload: Annotated[
+        list[str] | None, typer.Option(help="A workload of the table; repeatable. All by default, on a CPU the first.")
+    ] = None,
+    workloads_file: WorkloadsFile = None,
+    seq_len: Annotated[
+        list[int] | None, typer.Option(help="A length T; repeatable. 2048 and 16384 by default, on a CPU 512.")
+    ] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="An NHA implementation; repeatable. All but naive by default.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N. A GPU where there is one, by default.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help=f"{', '.join(DTYPES)}. bfloat16 on a GPU, float32 on a CPU, by default.")
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Time limit of each comparison.")] = 20.0,
+    limit: Annotated[
+        float | None, typer.Option(help="By how much a call may become slower. 0.01 (1 %) by default, on a CPU 0.1.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of lines.")] = False,
+) -> None:
+    """Compare this checkout's kernels with another commit's, on this machine: is any of them slower, or wrong?
+
+    Both versions are checked, then timed in turns, call by call; what is judged is the ratio of their times. Exit code
+    0: pass; 1: regress, a call is slower by more than the limit; 3: inconclusive, the interval of a ratio holds the
+    limit when the time is up; 4: incorrect, an output is wrong; 70: a process ended that should not.
+    """
+    _at_least(0, seconds=seconds, limit=limit)
+    for length in seq_len or []:
+        _at_least(1, seq_len=length)
+    for name in only or []:
+        if name not in BACKENDS:
+            raise typer.BadParameter(f"expected some of {', '.join(BACKENDS)}, got {name!r}", param_hint="--only")
+    root = checkout()
+    if root is None:
+        raise typer.BadParameter("expected to be run from a checkout of the project, with git", param_hint="BASE")
+    where = _device(device)
+    shapes, lengths = _workloads(workloads_file, workload or []), seq_len or [2048, 16384]
+    if where.type == "cpu":
+        shapes = [dataclasses.replace(shape, tokens=1) for shape in (shapes if workload else shapes[:1])]
+        lengths = seq_len or [512]
+    serving = [one.name for one in implementations() if one.name != "naive" and not one.missing(where)]
+    raise typer.Exit(
+        _regress(
+            base or ("HEAD" if git_state()[1] else "HEAD~1"), root, cases(shapes, lengths, _dtype(dtype, where)),
+            only or serving, where, seconds, LIMITS[where.type] if limit is None else limit, as_json,
+        )
+    )  # fmt: skip
+
+
+def _regress(
+    base: str, root: Path, chosen: list[Case], names: list[str], device: torch.device, seconds: float, limit: float,
+    as_json: bool,
+) -> int:  # fmt: skip
+    """Compare, print, and return the exit code."""
+    console, progress = _console(quiet=as_json), _console(stderr=True)
+    try:
+        with version(base, root) as folder, progress.status("") as status:
+            sides = (folder, root / FOLDER)
+            results = compare_versions(*sides, chosen, names, device, seconds, limit, said=status.update)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="BASE") from error
+    except SideError as error:
+        progress.print(f"A version's process ended: {error}", soft_wrap=True)
+        return EXIT_DEVICE
+    for one in results:
+        console.print(_sentence(one), soft_wrap=True, highlight=False)
+    verdict = worst([one.verdict for one in results])
+    console.print(f"{verdict}: this checkout against {base}, on {device_name(device)}")
+    if as_json:
+        rows = [{**dataclasses.asdict(one), "case": str(one.case)} for one in results]
+        print(json.dumps({"base": base, "device": device_name(device), "verdict": verdict, "comparisons": rows}))
+    return EXIT_CODES[verdict]
+
+
+def _sentence(one: Comparison) -> str:
+    """A comparison in a line."""
+    words = f"{one.verdict:>12}  {one.case}  {one.implementation}"
+    if one.ratio is not None:
+        ratio = one.ratio
+        words += f"  {ratio.median:.4f} of the base's time ({ratio.low:.4f} to {ratio.high:.4f})"
+    return f"{words}  {one.note}".rstrip()
 
 
 @app.command()

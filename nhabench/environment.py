@@ -72,6 +72,12 @@ def _git(*arguments: str) -> str | None:
     return done.stdout.strip()
 
 
+def checkout() -> Path | None:
+    """The checkout of the project that this package is in; None where it is installed, or git is missing."""
+    root = _git("rev-parse", "--show-toplevel")
+    return Path(root) if root and Path(__file__).is_relative_to(Path(root) / "nhabench") else None
+
+
 def named_commit() -> tuple[str, bool] | None:
     """What NHABENCH_GIT_SHA says, a commit or "<commit>+dirty". Raises ValueError where it says anything else."""
     told = os.environ.get(GIT_SHA_VARIABLE, "").strip()

@@ -153,8 +153,8 @@ def median_ranks(count: int) -> tuple[int, int]:
 class Timing:
     """Summary of the samples of one contender, in milliseconds. `stop`: why there are no more of them.
 
-    low_ms, high_ms: the median's interval, None with too few samples for one. late: how many of them were. left_out: how
-    many late samples were taken beside them, and do not count.
+    low_ms, high_ms: the median's interval, None with too few samples for one. late: how many of them were late.
+    left_out: how many late samples were taken beside them, and do not count.
     """
 
     median_ms: float

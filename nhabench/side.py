@@ -1,0 +1,120 @@
+"""One side of a comparison: a process that times calls of the nha_kernels it was started with, one at a time.
+
+Run by `nhabench.regress` as `python -m nhabench.side FOLDER DEVICE`. It imports nha_kernels from FOLDER, and ends where
+it finds another. Then it answers a line of JSON with a line of JSON:
+
+    {"case": {...}, "implementation": "chunked"}    makes inputs, checks the output, warms up   {"note": ""} or why not
+    "time"                                          times one call, with the next inputs        {"ms": 1.25}
+
+What the code under test prints goes to stderr, so that nothing mixes with the answers.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import nha_kernels
+from nhabench.bench import all_contenders
+from nhabench.check import check_against, first_output, release
+from nhabench.contender import Unsupported
+from nhabench.errors import first_line
+from nhabench.inputs import cache_bytes, make_inputs, set_count
+from nhabench.reference import Judge
+from nhabench.timing import WARM_ROUNDS, CudaEvents, WallClock
+from nhabench.workloads import Case, Workload
+
+CLOCK_TRIES = 5  # a sample during which the device waited for the host is taken again
+
+
+class Wrong(Exception):
+    """The output is not what it should be; str() says how far off."""
+
+
+def case_of(fields: dict[str, Any]) -> Case:
+    """A case from its JSON form, `dataclasses.asdict(case)`."""
+    return Case(**{**fields, "workload": Workload(**fields["workload"])})
+
+
+class Bench:
+    """Checks and times one implementation at one case, then at the next."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.timer = CudaEvents() if device.type == "cuda" else WallClock()
+        self.turns: Iterator[float] = iter(())
+
+    def prepare(self, case: Case, implementation: str) -> None:
+        """Raises Unsupported, Wrong, or what the implementation raises."""
+        self.turns = iter(())
+        release(self.device)
+        (contender,) = all_contenders([implementation])
+        reason = contender.missing(self.device) or contender.cannot(case, self.device)
+        if reason:
+            raise Unsupported(reason)
+        inputs = [make_inputs(case, self.device, seed) for seed in range(set_count(case, cache_bytes(self.device)))]
+        judge = Judge(case.workload, case.dtype, self.device)
+        truth, name = judge.reference(inputs[0])
+        o, _ = first_output(contender.bind(inputs[0]), inputs[0].q)
+        verdict = check_against(o, truth, name, judge.tolerance)
+        if not verdict.correct:
+            raise Wrong(verdict.sentence)
+        self.turns = self._turns([contender.bind(one) for one in inputs])
+        for _ in range(WARM_ROUNDS):
+            next(self.turns)
+
+    def _turns(self, calls: list[Any]) -> Iterator[float]:
+        stopwatch = self.timer.stopwatch()
+        turn = 0
+        while True:
+            for _ in range(CLOCK_TRIES):
+                sample = stopwatch(partial(_run, calls[turn % len(calls)]))
+                turn += 1
+                if not sample.late:
+                    break
+            yield sample.ms
+
+
+def _run(call: Any) -> object:
+    return call()
+
+
+def answer(bench: Bench, question: Any) -> dict[str, Any]:
+    """The answer to one line."""
+    if question == "time":
+        return {"ms": next(bench.turns)}
+    try:
+        bench.prepare(case_of(question["case"]), question["implementation"])
+    except Unsupported as error:
+        return {"status": "unsupported", "note": str(error)}
+    except Wrong as error:
+        return {"status": "incorrect", "note": str(error)}
+    except Exception as error:
+        return {"status": "failed", "note": f"{type(error).__name__}: {first_line(error)}"}
+    return {"status": "ok", "note": ""}
+
+
+def main(folder: str, device: str) -> None:
+    """Answer until there are no more questions."""
+    answers = os.fdopen(os.dup(sys.stdout.fileno()), "w", buffering=1, encoding="utf-8")
+    os.dup2(sys.stderr.fileno(), sys.stdout.fileno())
+    found = Path(nha_kernels.__file__).resolve().parent.parent
+    if found != Path(folder).resolve():
+        raise SystemExit(f"expected nha_kernels of {folder}, got that of {found}")
+    with torch.no_grad(), contextlib.suppress(BrokenPipeError):
+        bench = Bench(torch.device(device))
+        print(json.dumps({"ready": True}), file=answers)
+        for line in sys.stdin:
+            print(json.dumps(answer(bench, json.loads(line))), file=answers)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
