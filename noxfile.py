@@ -1,4 +1,4 @@
-"""The project's commands: `nox` runs tests, lint and types, `nox -s bench` and `nox -s regress` what their names say."""
+"""The project's commands: `nox` runs tests, lint and types; `nox -s bench` and `nox -s regress` measure."""
 
 import nox
 

@@ -16,6 +16,19 @@ from nhabench.environment import Environment
 from nhabench.errors import first_line, is_out_of_memory, without_frames
 from nhabench.floors import Ceilings
 from nhabench.gpu import ClockSample, GpuWatch, clock_fell, extra_peak_bytes
+from nhabench.guard import (
+    NO_TENSOR,
+    OTHER,
+    REMEMBERED,
+    SAME,
+    UNCHECKED,
+    WROTE,
+    Marks,
+    fingerprint,
+    marks,
+    plain,
+    refill,
+)
 from nhabench.inputs import Inputs, bytes_needed, cache_bytes, cache_state, free_bytes, make_inputs, set_count
 from nhabench.reference import Judge, small_inputs
 from nhabench.results import HOST_TIME, Row
@@ -80,6 +93,7 @@ class Entry:
     status: str = ""
     note: str = ""
     calls: list[Call] = field(default_factory=list)
+    marks: Marks | None = None  # of the output that was checked
     changes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -164,7 +178,7 @@ def _check_and_time(lab: Lab, case: Case, entries: Sequence[Entry], said: Callab
         _attempt(lab, entry, partial(_prepare, lab, case, entry, inputs))
     racing = [entry for entry in racing if entry.waiting]
     if racing:
-        _race(lab, case, racing, said)
+        _race(lab, case, racing, inputs[0], said)
 
 
 def _check_all(lab: Lab, case: Case, entries: Sequence[Entry], inputs: Inputs, said: Callable[[str], object]) -> None:
@@ -195,11 +209,26 @@ def _check_nha(lab: Lab, entries: Sequence[Entry], inputs: Inputs, said: Callabl
         said(f"checking {entry.contender.label}")
 
         def check(entry: Entry = entry) -> None:
+            untouched = fingerprint(inputs)
             o, extra = first_output(entry.contender.bind(inputs), inputs.q)
             _memory(entry, inputs.case, extra)
-            _judge(entry, check_against(o, truth, name, judge.tolerance))
+            _first_look(entry, inputs, o, untouched)
+            if entry.waiting:
+                _judge(entry, check_against(o, truth, name, judge.tolerance))
 
         _attempt(lab, entry, check)
+
+
+def _first_look(entry: Entry, inputs: Inputs, o: object, untouched: tuple[int, ...]) -> None:
+    """What is no output, or came with written inputs, is not timed; of the others' outputs the marks are kept."""
+    if not plain(o):
+        entry.end("incorrect", NO_TENSOR)
+    else:
+        assert isinstance(o, torch.Tensor)
+        entry.marks = marks(o)
+    if fingerprint(inputs) != untouched:
+        refill(inputs, 0)  # the others shall have them as they were
+        entry.end("incorrect", WROTE)
 
 
 def _memory(entry: Entry, case: Case, extra: int | None) -> None:
@@ -230,7 +259,11 @@ def _prepare(lab: Lab, case: Case, entry: Entry, inputs: Sequence[Inputs]) -> No
     that compiles it, shows whether it fits, tells its memory, and whether it writes numbers everywhere."""
     entry.calls = [entry.contender.bind(one) for one in inputs]
     if entry.contender.family != "nha":
+        untouched = fingerprint(inputs[0])
         o, _ = first_output(entry.calls[0], inputs[0].q)
+        _first_look(entry, inputs[0], o, untouched)
+        if not entry.waiting:
+            return
         if not o.isfinite().all():
             entry.end("incorrect", "Its output at this size holds NaN or infinity.")
             return
@@ -239,7 +272,7 @@ def _prepare(lab: Lab, case: Case, entry: Entry, inputs: Sequence[Inputs]) -> No
             _memory(entry, case, extra_peak_bytes(entry.calls[0], lab.device))
 
 
-def _race(lab: Lab, case: Case, racing: Sequence[Entry], said: Callable[[str], object]) -> None:
+def _race(lab: Lab, case: Case, racing: Sequence[Entry], first: Inputs, said: Callable[[str], object]) -> None:
     before: list[ClockSample | None] = []
     said(f"timing {len(racing)} implementations")
     results = race(
@@ -253,13 +286,35 @@ def _race(lab: Lab, case: Case, racing: Sequence[Entry], said: Callable[[str], o
     for entry, result in zip(racing, results, strict=True):
         if isinstance(result, Timing):
             lab.last[entry.contender.name, case.workload, case.dtype] = (case, result.median_ms / 1e3)
+            said(f"checking {entry.contender.label} again")
+            _attempt(lab, entry, partial(_look_again, entry, first))
+        else:
+            _fail(lab, entry, result)
+        if entry.waiting and isinstance(result, Timing):
             columns = dataclasses.asdict(result)
             del columns["late"], columns["left_out"]
             timer = lab.timer.name + (HOST_TIME if result.includes_host else "")
             entry.changes.update(columns, timer=timer, **_clock_columns(before[0], after))
             entry.end("ok", " ".join(filter(None, (entry.contender.remark, _host_note(result)))))
-        else:
-            _fail(lab, entry, result)
+
+
+def _look_again(entry: Entry, inputs: Inputs) -> None:
+    """No times for a contender that did not do, when it was timed, what it did when it was checked."""
+    assert entry.marks is not None
+    refill(inputs, 0)  # somebody may have written into them meanwhile
+    untouched = fingerprint(inputs)
+    again = entry.calls[0]()
+    reason = ""
+    if fingerprint(inputs) != untouched:
+        reason = WROTE
+    elif not entry.marks.distance(marks(again)) <= SAME:
+        reason = UNCHECKED
+    elif entry.contender.family == "nha":  # a baseline may have laid out its inputs anew before it was timed
+        refill(inputs, seed=-1)
+        if not entry.marks.distance(marks(entry.calls[0]())) >= OTHER:
+            reason = REMEMBERED
+    if reason:
+        entry.end("incorrect", reason)
 
 
 def _host_note(timing: Timing) -> str:

@@ -1,0 +1,68 @@
+"""What was timed must be what was checked.
+
+A call could be right when it is compared with the reference and then, while it is timed, return what it remembers, do
+nothing, or write into its inputs, which others read too. So each contender is asked again after the race: are the
+inputs as they were, is the output that of the check, and does it change when the inputs do?
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from nhabench.inputs import Inputs, make_inputs
+
+BLOCK = 64  # tokens
+VECTORS = 16
+SAME, OTHER = 0.05, 0.2  # relative: two runs of a call differ by rounding at most, outputs of other inputs by much more
+
+WROTE = "It wrote into its inputs."
+UNCHECKED = "After it was timed it did not return what it had returned when it was checked."
+REMEMBERED = "Its output does not follow its inputs: with new values in the same tensors it returned the old output."
+NO_TENSOR = "Its output is not a plain tensor, so the work may begin only when somebody reads it."
+
+
+@dataclass(frozen=True)
+class Marks:
+    """An output in short: its norm, and for each sequence and block of tokens projections on a few random vectors."""
+
+    norm: float
+    projections: torch.Tensor  # [blocks, B, VECTORS]
+
+    def distance(self, other: Marks) -> float:
+        """How far apart two outputs are, relative to the first; NaN where one of them holds NaN."""
+        return float((self.projections - other.projections).norm()) / self.norm
+
+
+def marks(o: torch.Tensor) -> Marks:
+    """Of an output [B, T, HQ, D]. No copy of it is made but of a block."""
+    generator = torch.Generator(o.device).manual_seed(11)
+    size = BLOCK * o.shape[2] * o.shape[3]
+    vectors = torch.randn(size, VECTORS, generator=generator, device=o.device).div_(VECTORS**0.5)
+    norms, projections = [], []
+    for part in o.split(BLOCK, dim=1):
+        block = part.flatten(1).float()
+        norms.append(block.norm())
+        projections.append(block @ vectors[: block.shape[1]])
+    return Marks(float(torch.stack(norms).norm()), torch.stack(projections).cpu())
+
+
+def fingerprint(inputs: Inputs) -> tuple[int, ...]:
+    """Sums over the bits of q, k, v and g: any write changes them, but for a freak."""
+    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tuple(
+        int(x.view(bits[x.element_size()]).sum(dtype=torch.int64)) for x in (inputs.q, inputs.k, inputs.v, inputs.g)
+    )
+
+
+def plain(o: object) -> bool:
+    """Whether an output is a tensor and nothing that only looks like one."""
+    return type(o) is torch.Tensor
+
+
+def refill(inputs: Inputs, seed: int) -> None:
+    """Other values in the same tensors."""
+    other = make_inputs(inputs.case, inputs.q.device, seed)
+    for mine, new in zip((inputs.q, inputs.k, inputs.v, inputs.g), (other.q, other.k, other.v, other.g), strict=True):
+        mine.copy_(new)

@@ -1,0 +1,136 @@
+"""Contenders that cheat: each is caught, and costs the others nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+
+from nhabench import reference
+from nhabench.contender import Contender
+from nhabench.environment import read_environment
+from nhabench.floors import Ceilings
+from nhabench.gpu import GpuWatch
+from nhabench.guard import NO_TENSOR, REMEMBERED, UNCHECKED, WROTE, fingerprint, marks, refill
+from nhabench.implementations import attend
+from nhabench.inputs import Inputs, make_inputs
+from nhabench.measure import Lab, measure_case
+from nhabench.results import Row
+from nhabench.timing import WallClock
+from nhabench.workloads import Case, Workload
+
+CPU = torch.device("cpu")
+
+
+Measure = Callable[..., dict[str, Row]]
+
+
+@pytest.fixture
+def measure(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> Measure:
+    """Contenders at one length of the tiny workload: their rows by name."""
+    monkeypatch.setattr(reference, "SMALL_LENGTH", 32)
+
+    def run(*contenders: Contender, length: int = 100) -> dict[str, Row]:
+        watch = GpuWatch(CPU)
+        lab = Lab(CPU, WallClock(), watch, read_environment(CPU, watch, ""), Ceilings(1, 1), seconds=0.02)
+        with torch.no_grad():
+            rows = measure_case(lab, Case(tiny, 1, length, "float32"), contenders, lambda step: None)
+        return {row.implementation: row for row in rows}
+
+    return run
+
+
+def right(inputs: Inputs) -> torch.Tensor:
+    return attend(inputs, "chunked")
+
+
+def remembers() -> Callable[[Inputs], torch.Tensor]:
+    """The work once for every tensor that comes, whatever it holds later."""
+    known: dict[int, torch.Tensor] = {}
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        if id(inputs.q) not in known:
+            known[id(inputs.q)] = right(inputs)
+        return known[id(inputs.q)]
+
+    return run
+
+
+def idle(calls: int) -> Callable[[Inputs], torch.Tensor]:
+    """The work a few times, for the check; then nothing."""
+    made: list[torch.Tensor] = []
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        made.append(right(inputs) if len(made) < calls else torch.zeros_like(made[0]))
+        return made[-1]
+
+    return run
+
+
+def writes(after: int) -> Callable[[Inputs], torch.Tensor]:
+    """Gates set to zero, from some call on."""
+    calls = iter(range(10**6))
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        o = right(inputs)
+        if next(calls) >= after:
+            inputs.g.zero_()
+        return o
+
+    return run
+
+
+class Lazy(torch.Tensor):
+    """Looks like an output; the work begins when it is read."""
+
+
+def lazy(inputs: Inputs) -> torch.Tensor:
+    return right(inputs).as_subclass(Lazy)
+
+
+CHEATS: dict[str, tuple[Callable[[], Callable[[Inputs], torch.Tensor]], str]] = {
+    "it remembers": (remembers, REMEMBERED),
+    "it idles once it was checked": (lambda: idle(1), UNCHECKED),
+    "it idles once it is warm": (lambda: idle(4), UNCHECKED),
+    "it writes into its inputs": (lambda: writes(0), WROTE),
+    "it writes into its inputs when it is timed": (lambda: writes(3), WROTE),
+    "its output is lazy": (lambda: lazy, NO_TENSOR),
+}
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_cheats_get_no_time_and_cost_the_others_nothing(name: str, measure: Measure, contenders: Any) -> None:
+    cheat, reason = CHEATS[name]
+    rows = measure(contenders.nha("cheat", cheat()), contenders.nha("honest"))
+    assert (rows["cheat"].status, rows["cheat"].note, rows["cheat"].median_ms) == ("incorrect", reason, None)
+    assert rows["honest"].status == "ok"
+
+
+def test_a_baseline_that_idles_is_caught_too(measure: Measure, contenders: Any) -> None:
+    calls = iter(range(10**6))
+
+    def idles(inputs: Inputs) -> torch.Tensor:
+        return inputs.q.clone() if next(calls) < 3 else torch.zeros_like(inputs.q)
+
+    rows = measure(contenders.full("cheat", idles), contenders.full("honest", lambda inputs: inputs.q * 2))
+    assert (rows["cheat"].status, rows["cheat"].note) == ("incorrect", UNCHECKED)
+    assert rows["honest"].status == "ok"
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("length", [1, 63, 200])
+def test_marks_tell_other_outputs_from_rounding(length: int, dtype: str) -> None:
+    case = Case(Workload("tiny", 4, 2, 16, 8, 8, tokens=1), 2, length, dtype)
+    inputs = make_inputs(case, CPU)
+    o, untouched = right(inputs), fingerprint(inputs)
+    before = marks(o)
+    assert before.distance(marks(o * (1 + torch.finfo(torch.bfloat16).eps))) < 0.02
+    refill(inputs, 1)
+    assert fingerprint(inputs) != untouched
+    assert before.distance(marks(right(inputs))) > 0.5
+    refill(inputs, 0)
+    assert fingerprint(inputs) == untouched
+    o[-1, -1, -1, -1] = torch.nan
+    assert not before.distance(marks(o)) <= 1e9
