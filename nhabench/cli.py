@@ -1,4 +1,4 @@
-"""The command line: `python -m nhabench bench | regress | plot | workloads`."""
+"""The command line: `python -m nhabench bench | regress | selftest | plot | workloads`."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from nhabench.implementations import implementations
 from nhabench.plots import draw_all
 from nhabench.regress import FOLDER, Comparison, SideError, compare_versions, version
 from nhabench.results import load_rows
+from nhabench.selftest import passed, run_trials
 from nhabench.workloads import DTYPES, SEQ_LENS, Case, Workload, cases, load_workloads, select
 
 WIDE = 200  # columns of output that is not a terminal's
@@ -268,6 +269,56 @@ def _sentence(one: Comparison) -> str:
         ratio = one.ratio
         words += f"  {ratio.median:.4f} of the base's time ({ratio.low:.4f} to {ratio.high:.4f})"
     return f"{words}  {one.note}".rstrip()
+
+
+@app.command()
+def selftest(
+    comparisons: Annotated[
+        int | None, typer.Option(help="How many at each slowdown. 200 by default, on a CPU 10.")
+    ] = None,
+    seconds: Annotated[
+        float | None, typer.Option(help="Time limit of each comparison. 1 by default, on a CPU 3.")
+    ] = None,
+    limit: Annotated[
+        float | None, typer.Option(help="What counts as slower. 0.01 (1 %) by default, on a CPU 0.1.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N. A GPU where there is one, by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
+) -> None:
+    """Does the harness tell a slowdown from noise on this machine?
+
+    A call is compared with itself, and with itself slowed down. Exit code 0: at most 1 % of the comparisons between
+    equals said 'regress', and at least 95 % of those with a call slower by twice the limit or more; 1: not so.
+    """
+    _at_least(1, comparisons=comparisons)
+    _at_least(0, seconds=seconds, limit=limit)
+    where = _device(device)
+    bound = LIMITS[where.type] if limit is None else limit
+    name, length, count, time = ("triton", 2048, 200, 1.0) if where.type == "cuda" else ("chunked", 64, 10, 3.0)
+    (contender,) = all_contenders([name])
+    (shape,) = _workloads(None, ["nha-340m"])
+    if where.type == "cpu":
+        shape = dataclasses.replace(shape, tokens=1)
+    case = shape.case(length, _dtype(None, where))
+    with torch.no_grad(), _console(stderr=True).status("") as status:
+        trials = run_trials(
+            contender, case, where, bound, comparisons or count, time if seconds is None else seconds, status.update
+        )
+    good = passed(trials, bound)
+    if as_json:
+        told = {"device": device_name(where), "case": str(case), "limit": bound, "passed": good}
+        print(json.dumps({**told, "trials": [dataclasses.asdict(trial) for trial in trials]}))
+    else:
+        table = Table(
+            "slower by", "measured", "comparisons", "regress", "inconclusive", title=f"{contender.label}, {case}"
+        )
+        for one in trials:
+            counts = (one.comparisons, one.regress, one.inconclusive)
+            table.add_row(f"{one.slowdown:.1%}", f"{one.measured:.2%}", *map(str, counts))
+        _console().print(table, "passed" if good else "failed")
+    raise typer.Exit(0 if good else 1)
 
 
 @app.command()

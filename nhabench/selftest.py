@@ -1,0 +1,113 @@
+"""Does the harness tell a slowdown from noise on this machine? It is asked about slowdowns that it was given.
+
+A call is compared with itself, which should raise no alarm, and with itself and a pause behind it, which should be
+caught: a pause of one, two and five times the limit beyond which a call counts as slower.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from nhabench.compare import take_turns
+from nhabench.contender import Contender
+from nhabench.inputs import cache_bytes, make_inputs, set_count
+from nhabench.timing import WARM_ROUNDS, CudaEvents, WallClock
+from nhabench.workloads import Case
+
+MULTIPLES = (0, 1, 2, 5)  # of the limit: how much slower the second side is made
+ALARMS, CAUGHT = 0.01, 0.95  # at most this share of alarms between equals; at least this share of a double limit caught
+PILOTS = 9
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Comparisons with a call that was made slower by `slowdown` (0.02: 2 %): by how much it was in the median, and how
+    many said 'regress' or 'inconclusive'."""
+
+    slowdown: float
+    measured: float
+    comparisons: int
+    regress: int
+    inconclusive: int
+
+
+def passed(trials: Sequence[Trial], limit: float) -> bool:
+    """Whether equals raised few enough alarms, and slowdowns of twice the limit and more were caught."""
+    return all(
+        trial.regress <= ALARMS * trial.comparisons
+        if trial.slowdown <= limit / 2
+        else trial.slowdown < 1.5 * limit or trial.regress >= CAUGHT * trial.comparisons
+        for trial in trials
+    )
+
+
+def run_trials(
+    contender: Contender, case: Case, device: torch.device, limit: float, comparisons: int, seconds: float,
+    said: Callable[[str], object] = lambda step: None,
+) -> list[Trial]:  # fmt: skip
+    """Compare a contender's call with itself, and with itself slowed down; `seconds` at most for each comparison."""
+    timer = CudaEvents() if device.type == "cuda" else WallClock()
+    inputs = [make_inputs(case, device, seed) for seed in range(set_count(case, cache_bytes(device)))]
+    calls = [contender.bind(one) for one in inputs]
+    turn = 0
+
+    def side(pause: Callable[[], object]) -> Callable[[], float]:
+        stopwatch = timer.stopwatch()
+
+        def timed() -> float:
+            nonlocal turn
+            turn += 1
+            call = calls[turn % len(calls)]
+
+            def both() -> None:
+                call()
+                pause()
+
+            return stopwatch(both).ms
+
+        return timed
+
+    plain = side(lambda: None)
+    for _ in range(WARM_ROUNDS):
+        plain()
+    typical_ms = median(plain() for _ in range(PILOTS))
+    trials = []
+    for multiple in MULTIPLES:
+        slowed = side(pause_of(multiple * limit * typical_ms, device))
+        ratios = []
+        for number in range(comparisons):
+            said(f"slower by {multiple * limit:.1%}: {number + 1}/{comparisons}")
+            ratios.append(take_turns(plain, slowed, seconds))
+        verdicts = [ratio.verdict(limit) for ratio in ratios]
+        found = [verdicts.count(verdict) for verdict in ("regress", "inconclusive")]
+        measured = median(ratio.median for ratio in ratios) - 1
+        trials.append(Trial(multiple * limit, measured, comparisons, *found))
+    return trials
+
+
+def pause_of(milliseconds: float, device: torch.device) -> Callable[[], object]:
+    """A call that keeps the device busy for so long, and does nothing for 0."""
+    if milliseconds == 0:
+        return lambda: None
+    if device.type == "cuda":
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        cycles = 10_000_000
+        for _ in range(2):  # the first one also loads the kernel
+            start.record()
+            torch.cuda._sleep(cycles)
+            end.record()
+            end.synchronize()
+        wanted = int(cycles * milliseconds / start.elapsed_time(end))
+        return lambda: torch.cuda._sleep(wanted)
+
+    def spin() -> None:
+        until = time.perf_counter() + milliseconds / 1e3
+        while time.perf_counter() < until:
+            pass
+
+    return spin

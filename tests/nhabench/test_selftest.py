@@ -1,0 +1,80 @@
+"""The harness is asked about slowdowns that it was given: what passes, what fails, and that they are real."""
+
+from __future__ import annotations
+
+import json
+import time
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from nhabench import cli, selftest
+from nhabench.compare import Ratio
+from nhabench.selftest import MULTIPLES, Trial, passed, pause_of, run_trials
+from nhabench.workloads import Workload
+
+CPU = torch.device("cpu")
+
+
+def trials(alarms: int, caught: int, among: int = 100) -> list[Trial]:
+    """At a limit of 1 %: between equals, at the limit itself, and at twice the limit."""
+    return [
+        Trial(0.0, 0.0, among, alarms, 0),
+        Trial(0.01, 0.01, among, among // 2, among // 2),
+        Trial(0.02, 0.02, among, caught, 0),
+    ]
+
+
+def test_few_alarms_and_few_misses_pass() -> None:
+    assert passed(trials(alarms=1, caught=95), 0.01)
+    assert not passed(trials(alarms=2, caught=100), 0.01)
+    assert not passed(trials(alarms=0, caught=94), 0.01)
+    assert not passed(trials(alarms=1, caught=10, among=10), 0.01)
+
+
+def test_a_pause_keeps_its_time() -> None:
+    begin = time.perf_counter()
+    pause_of(20.0, CPU)()
+    assert 0.020 <= time.perf_counter() - begin < 0.2
+    pause_of(0.0, CPU)()
+
+
+def test_the_second_side_is_slower_by_what_is_said(
+    tiny: Workload, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A call of about 2 ms, so that what a machine does besides weighs little."""
+
+    def steady(inputs: Any) -> torch.Tensor:
+        until = time.perf_counter() + 2e-3
+        while time.perf_counter() < until:
+            pass
+        return inputs.q.clone()
+
+    steps: list[str] = []
+    found = run_trials(contenders.nha("a", steady), tiny.case(16, "float32"), CPU, 0.5, 2, 0.2, steps.append)
+    assert [trial.slowdown for trial in found] == [0.5 * multiple for multiple in MULTIPLES]
+    for trial in found:
+        assert trial.measured == pytest.approx(trial.slowdown, rel=0.2, abs=0.1)
+    assert [trial.regress for trial in found][0::2] == [0, 2]
+    assert len(steps) == 2 * len(MULTIPLES)
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_the_shell_is_told(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    ratios = iter(range(10**6))
+
+    def turns(base: object, new: object, seconds: float) -> Ratio:
+        slower = (0.0, 0.1, 0.2, 0.5)[next(ratios) // 3] if works else 0.0
+        return Ratio(1 + slower, 0.99 + slower, 1.01 + slower, 9)
+
+    monkeypatch.setattr(selftest, "take_turns", turns)
+    done = CliRunner().invoke(cli.app, ["selftest", "--device", "cpu", "--comparisons", "3", "--json"])
+    told = json.loads(done.stdout)
+    assert (done.exit_code, told["passed"], told["limit"]) == (0 if works else 1, works, 0.1)
+    assert [trial["regress"] for trial in told["trials"]] == ([0, 0, 3, 3] if works else [0, 0, 0, 0])
+    ratios = iter(range(10**6))
+    done = CliRunner().invoke(cli.app, ["selftest", "--device", "cpu", "--comparisons", "3"])
+    assert ("passed" if works else "failed") in done.stdout
+    assert "20.0%" in done.stdout
