@@ -29,7 +29,7 @@ def bench(session: nox.Session) -> None:
 def regress(session: nox.Session) -> None:
     """Is this checkout slower than a commit, or wrong? nox -s regress -- [BASE] [options of `nhabench regress`]."""
     session.install(*CONSTRAINTS, "--editable", ".")
-    session.run("python", "-m", "nhabench", "regress", *session.posargs)
+    session.run("python", "-m", "nhabench", "regress", *session.posargs, interrupt_timeout=60, terminate_timeout=10)
 
 
 @nox.session

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from nhabench.baselines import baselines
-from nhabench.ceilings import measure_ceilings, warm_up
+from nhabench.ceilings import measure_ceilings, open_device
 from nhabench.contender import Contender
 from nhabench.environment import GIT_SHA_VARIABLE, read_environment
 from nhabench.errors import first_line
@@ -26,7 +26,6 @@ from nhabench.plan import CPU_LIMIT, affordable, estimated_seconds
 from nhabench.plots import draw_all
 from nhabench.results import ResultFile, Row
 from nhabench.tables import print_tables
-from nhabench.timing import CudaEvents, WallClock
 from nhabench.workloads import Case
 
 EXIT_OK, EXIT_WRONG, EXIT_INCOMPLETE, EXIT_DEVICE, EXIT_DISK = 0, 1, 3, 70, 74
@@ -91,10 +90,7 @@ def _terminable() -> Iterator[None]:
 
 def make_lab(options: Options) -> Lab:
     """Open the device: timer, clocks, provenance, ceilings."""
-    if options.device.type == "cuda":
-        torch.cuda.set_device(options.device)
-        warm_up(options.device)  # before anything is measured, the timer's own sleep included
-    timer = CudaEvents() if options.device.type == "cuda" else WallClock()
+    timer = open_device(options.device)
     watch = GpuWatch(options.device)
     environment = read_environment(options.device, watch, options.command)
     ceilings = measure_ceilings(options.device, options.cases[0].torch_dtype, timer)

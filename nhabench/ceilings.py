@@ -8,7 +8,7 @@ from collections.abc import Callable
 import torch
 
 from nhabench.floors import Ceilings
-from nhabench.timing import Timer, summarise
+from nhabench.timing import CudaEvents, Timer, WallClock, summarise
 
 TURNS = {"cuda": 40, "cpu": 7}
 
@@ -43,3 +43,12 @@ def _median_ms(call: Callable[[], object], timer: Timer, turns: int) -> float:
     stopwatch = timer.stopwatch()
     samples = [stopwatch(call).ms for _ in range(turns)]
     return summarise(samples[turns // 2 :]).median_ms  # the first half brings the clocks up
+
+
+def open_device(device: torch.device) -> Timer:
+    """Make a device the current one, at the clocks that it has under load, and give the timer for it."""
+    if device.type != "cuda":
+        return WallClock()
+    torch.cuda.set_device(device)
+    warm_up(device)  # before anything is measured, the timer's own sleep included
+    return CudaEvents()

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,14 +15,15 @@ import torch
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from nha_kernels import BACKENDS
 from nhabench.bench import EXIT_DEVICE, Options, all_contenders, run
 from nhabench.compare import EXIT_CODES, LIMITS, worst
-from nhabench.environment import checkout, device_name, device_slug, git_state, named_commit
+from nhabench.environment import checkout, device_name, device_slug, differs, named_commit
 from nhabench.implementations import implementations
 from nhabench.plots import draw_all
-from nhabench.regress import FOLDER, Comparison, SideError, compare_versions, version
+from nhabench.regress import FOLDER, Comparison, compare_versions, version
 from nhabench.results import load_rows
 from nhabench.selftest import passed, run_trials
 from nhabench.workloads import DTYPES, SEQ_LENS, Case, Workload, cases, load_workloads, select
@@ -61,7 +63,7 @@ def _dtype(name: str | None, device: torch.device) -> str:
     return chosen
 
 
-def _at_least(least: int, **flags: int | float | None) -> None:
+def _at_least(least: float, **flags: int | float | None) -> None:
     """Raises typer.BadParameter for a flag whose value is less."""
     for name, value in flags.items():
         if value is not None and value < least:
@@ -184,7 +186,8 @@ def _run(options: Options, as_json: bool) -> int:
 @app.command()
 def regress(
     base: Annotated[
-        str | None, typer.Argument(help="The commit to compare with. HEAD by default, or HEAD~1 if nothing changed.")
+        str | None,
+        typer.Argument(help="The commit to compare with. HEAD by default, HEAD~1 if kernels/ is as there."),
     ] = None,
     workload: Annotated[
         list[str] | None, typer.Option(help="A workload of the table; repeatable. All by default, on a CPU the first.")
@@ -211,8 +214,9 @@ def regress(
     """Compare this checkout's kernels with another commit's, on this machine: is any of them slower, or wrong?
 
     Both versions are checked, then timed in turns, call by call; what is judged is the ratio of their times. Exit code
-    0: pass; 1: regress, a call is slower by more than the limit; 3: inconclusive, the interval of a ratio holds the
-    limit when the time is up; 4: incorrect, an output is wrong; 70: a process ended that should not.
+    0: pass, or the same code; 1: regress, a call is slower by more than the limit, fails, or is not served any more;
+    3: inconclusive, the interval of a ratio holds the limit, or the base could not be timed; 4: incorrect, an output is
+    wrong; 70: the comparison itself failed.
     """
     _at_least(0, seconds=seconds, limit=limit)
     for length in seq_len or []:
@@ -229,10 +233,11 @@ def regress(
         shapes = [dataclasses.replace(shape, tokens=1) for shape in (shapes if workload else shapes[:1])]
         lengths = seq_len or [512]
     serving = [one.name for one in implementations() if one.name != "naive" and not one.missing(where)]
+    ref = base or ("HEAD" if differs("HEAD", FOLDER) else "HEAD~1")
     raise typer.Exit(
         _regress(
-            base or ("HEAD" if git_state()[1] else "HEAD~1"), root, cases(shapes, lengths, _dtype(dtype, where)),
-            only or serving, where, seconds, LIMITS[where.type] if limit is None else limit, as_json,
+            ref, root, cases(shapes, lengths, _dtype(dtype, where)), only or serving, where, seconds,
+            LIMITS[where.type] if limit is None else limit, as_json,
         )
     )  # fmt: skip
 
@@ -242,20 +247,29 @@ def _regress(
     as_json: bool,
 ) -> int:  # fmt: skip
     """Compare, print, and return the exit code."""
-    console, progress = _console(quiet=as_json), _console(stderr=True)
-    try:
-        with version(base, root) as folder, progress.status("") as status:
-            sides = (folder, root / FOLDER)
-            results = compare_versions(*sides, chosen, names, device, seconds, limit, said=status.update)
-    except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="BASE") from error
-    except SideError as error:
-        progress.print(f"A version's process ended: {error}", soft_wrap=True)
-        return EXIT_DEVICE
+    console, progress = _console(quiet=as_json, markup=False), _console(stderr=True, markup=False)
+    results: list[Comparison] = []
+    with ExitStack() as stack:
+        try:
+            folder = stack.enter_context(version(base, root))
+        except ValueError as error:
+            raise typer.BadParameter(str(error), param_hint="BASE") from error
+        same = not differs(base, FOLDER)
+        if not same:
+            status = stack.enter_context(progress.status(""))
+            try:
+                sides = (folder, root / FOLDER)
+                results = compare_versions(
+                    *sides, chosen, names, device, seconds, limit, lambda step: status.update(Text(step))
+                )
+            except (OSError, RuntimeError, ValueError) as error:
+                progress.print(f"The comparison failed: {type(error).__name__}: {error}", soft_wrap=True)
+                return EXIT_DEVICE
     for one in results:
         console.print(_sentence(one), soft_wrap=True, highlight=False)
-    verdict = worst([one.verdict for one in results])
-    console.print(f"{verdict}: this checkout against {base}, on {device_name(device)}")
+    verdict = "pass" if same else worst([one.verdict for one in results])
+    told = "the same code as" if same else "this checkout against"
+    console.print(f"{verdict}: {told} {base}, on {device_name(device)}")
     if as_json:
         rows = [{**dataclasses.asdict(one), "case": str(one.case)} for one in results]
         print(json.dumps({"base": base, "device": device_name(device), "verdict": verdict, "comparisons": rows}))
@@ -289,11 +303,13 @@ def selftest(
 ) -> None:
     """Does the harness tell a slowdown from noise on this machine?
 
-    A call is compared with itself, and with itself slowed down. Exit code 0: at most 1 % of the comparisons between
-    equals said 'regress', and at least 95 % of those with a call slower by twice the limit or more; 1: not so.
+    A call is compared with itself, and with itself slowed down, in one process. Exit code 0: at most 1 % of the
+    comparisons between equals said 'regress', at least 95 % of those with a call slower by twice the limit or more did,
+    and what was measured is what it was slowed down by; 1: not so.
     """
     _at_least(1, comparisons=comparisons)
-    _at_least(0, seconds=seconds, limit=limit)
+    _at_least(0, seconds=seconds)
+    _at_least(1e-6, limit=limit)
     where = _device(device)
     bound = LIMITS[where.type] if limit is None else limit
     name, length, count, time = ("triton", 2048, 200, 1.0) if where.type == "cuda" else ("chunked", 64, 10, 3.0)

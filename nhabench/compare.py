@@ -30,7 +30,8 @@ ROUNDS = LEAST_SAMPLES  # as many as an interval takes
 class Ratio:
     """The time of one side in units of the other's: the median, and its interval, over `count` independent samples.
 
-    The interval holds the true median with the confidence of `nhabench.timing.CONFIDENCE`, whatever the noise is like.
+    The interval holds the true median with the confidence of `nhabench.timing.CONFIDENCE`, whatever the distribution,
+    as long as the samples are independent.
     """
 
     median: float

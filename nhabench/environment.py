@@ -74,8 +74,14 @@ def _git(*arguments: str) -> str | None:
 
 def checkout() -> Path | None:
     """The checkout of the project that this package is in; None where it is installed, or git is missing."""
-    root = _git("rev-parse", "--show-toplevel")
-    return Path(root) if root and Path(__file__).is_relative_to(Path(root) / "nhabench") else None
+    root, here = _git("rev-parse", "--show-toplevel"), Path(__file__).resolve()
+    return Path(root) if root and here.is_relative_to(Path(root).resolve() / "nhabench") else None
+
+
+def differs(ref: str, folder: str) -> bool:
+    """Whether a folder of the checkout, what git does not track yet included, is another than in a commit."""
+    tracked = _git("diff", "--name-only", ref, "--", f":/{folder}")
+    return bool(tracked is None or tracked or _git("ls-files", "--others", "--exclude-standard", "--", f":/{folder}"))
 
 
 def named_commit() -> tuple[str, bool] | None:

@@ -15,9 +15,11 @@ from nhabench.inputs import Inputs, make_inputs
 
 BLOCK = 64  # tokens
 VECTORS = 16
+PIECE = 2**22  # elements
 SAME, OTHER = 0.05, 0.2  # relative: two runs of a call differ by rounding at most, outputs of other inputs by much more
 
 WROTE = "It wrote into its inputs."
+SPOILT = "Somebody wrote into the inputs while they were timed."
 UNCHECKED = "After it was timed it did not return what it had returned when it was checked."
 REMEMBERED = "Its output does not follow its inputs: with new values in the same tensors it returned the old output."
 NO_TENSOR = "Its output is not a plain tensor, so the work may begin only when somebody reads it."
@@ -32,7 +34,8 @@ class Marks:
 
     def distance(self, other: Marks) -> float:
         """How far apart two outputs are, relative to the first; NaN where one of them holds NaN."""
-        return float((self.projections - other.projections).norm()) / self.norm
+        difference = float((self.projections - other.projections).norm())
+        return difference / self.norm if self.norm else difference
 
 
 def marks(o: torch.Tensor) -> Marks:
@@ -49,11 +52,17 @@ def marks(o: torch.Tensor) -> Marks:
 
 
 def fingerprint(inputs: Inputs) -> tuple[int, ...]:
-    """Sums over the bits of q, k, v and g: any write changes them, but for a freak."""
-    bits = {2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tuple(
-        int(x.view(bits[x.element_size()]).sum(dtype=torch.int64)) for x in (inputs.q, inputs.k, inputs.v, inputs.g)
-    )
+    """Of q, k, v and g: sums over their bits, each weighed by where it lies, so that a permutation shows too."""
+    return tuple(_sum_of_bits(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g))
+
+
+def _sum_of_bits(x: torch.Tensor) -> int:
+    total = torch.zeros((), dtype=torch.int64, device=x.device)
+    bits = x.flatten().view({2: torch.int16, 4: torch.int32, 8: torch.int64}[x.element_size()])
+    weights = torch.arange(min(PIECE, bits.numel()), dtype=torch.int64, device=x.device).mul_(2).add_(1)
+    for number, piece in enumerate(bits.split(PIECE)):  # in pieces: int64 takes several times the memory
+        total += (piece * weights[: len(piece)]).sum() * (2 * number + 1)
+    return int(total)
 
 
 def plain(o: object) -> bool:

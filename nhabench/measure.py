@@ -3,32 +3,22 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
-from nhabench.check import Verdict, check_against, check_baseline, first_output, release
+from nhabench import guard
+from nhabench.check import Verdict, check_against, check_baseline, first_output, poison, release
 from nhabench.contender import Call, Contender, Unsupported
 from nhabench.environment import Environment
 from nhabench.errors import first_line, is_out_of_memory, without_frames
 from nhabench.floors import Ceilings
 from nhabench.gpu import ClockSample, GpuWatch, clock_fell, extra_peak_bytes
-from nhabench.guard import (
-    NO_TENSOR,
-    OTHER,
-    REMEMBERED,
-    SAME,
-    UNCHECKED,
-    WROTE,
-    Marks,
-    fingerprint,
-    marks,
-    plain,
-    refill,
-)
+from nhabench.guard import fingerprint, marks, plain, refill
 from nhabench.inputs import Inputs, bytes_needed, cache_bytes, cache_state, free_bytes, make_inputs, set_count
 from nhabench.reference import Judge, small_inputs
 from nhabench.results import HOST_TIME, Row
@@ -93,7 +83,7 @@ class Entry:
     status: str = ""
     note: str = ""
     calls: list[Call] = field(default_factory=list)
-    marks: Marks | None = None  # of the output that was checked
+    marks: guard.Marks | None = None  # of the output that was checked
     changes: dict[str, Any] = field(default_factory=dict)
 
     @property
@@ -178,7 +168,7 @@ def _check_and_time(lab: Lab, case: Case, entries: Sequence[Entry], said: Callab
         _attempt(lab, entry, partial(_prepare, lab, case, entry, inputs))
     racing = [entry for entry in racing if entry.waiting]
     if racing:
-        _race(lab, case, racing, inputs[0], said)
+        _race(lab, case, racing, inputs, said)
 
 
 def _check_all(lab: Lab, case: Case, entries: Sequence[Entry], inputs: Inputs, said: Callable[[str], object]) -> None:
@@ -209,26 +199,36 @@ def _check_nha(lab: Lab, entries: Sequence[Entry], inputs: Inputs, said: Callabl
         said(f"checking {entry.contender.label}")
 
         def check(entry: Entry = entry) -> None:
-            untouched = fingerprint(inputs)
-            o, extra = first_output(entry.contender.bind(inputs), inputs.q)
+            with _kept(entry, inputs):
+                o, extra = first_output(entry.contender.bind(inputs), inputs.q)
             _memory(entry, inputs.case, extra)
-            _first_look(entry, inputs, o, untouched)
+            _first_look(entry, o)
             if entry.waiting:
                 _judge(entry, check_against(o, truth, name, judge.tolerance))
 
         _attempt(lab, entry, check)
 
 
-def _first_look(entry: Entry, inputs: Inputs, o: object, untouched: tuple[int, ...]) -> None:
-    """What is no output, or came with written inputs, is not timed; of the others' outputs the marks are kept."""
-    if not plain(o):
-        entry.end("incorrect", NO_TENSOR)
-    else:
-        assert isinstance(o, torch.Tensor)
+@contextmanager
+def _kept(entry: Entry, inputs: Inputs) -> Iterator[None]:
+    """The inputs are afterwards as they were before; if the contender wrote into them, that ends it."""
+    before = fingerprint(inputs)
+    try:
+        yield
+    finally:
+        if fingerprint(inputs) != before:
+            refill(inputs, 0)
+            entry.end("incorrect", guard.WROTE)
+
+
+def _first_look(entry: Entry, o: object) -> None:
+    """Keep the marks of an output; what is none is not timed."""
+    if not entry.waiting:
+        return
+    if isinstance(o, torch.Tensor) and plain(o):
         entry.marks = marks(o)
-    if fingerprint(inputs) != untouched:
-        refill(inputs, 0)  # the others shall have them as they were
-        entry.end("incorrect", WROTE)
+    else:
+        entry.end("incorrect", guard.NO_TENSOR)
 
 
 def _memory(entry: Entry, case: Case, extra: int | None) -> None:
@@ -259,9 +259,9 @@ def _prepare(lab: Lab, case: Case, entry: Entry, inputs: Sequence[Inputs]) -> No
     that compiles it, shows whether it fits, tells its memory, and whether it writes numbers everywhere."""
     entry.calls = [entry.contender.bind(one) for one in inputs]
     if entry.contender.family != "nha":
-        untouched = fingerprint(inputs[0])
-        o, _ = first_output(entry.calls[0], inputs[0].q)
-        _first_look(entry, inputs[0], o, untouched)
+        with _kept(entry, inputs[0]):
+            o, _ = first_output(entry.calls[0], inputs[0].q)
+        _first_look(entry, o)
         if not entry.waiting:
             return
         if not o.isfinite().all():
@@ -272,8 +272,11 @@ def _prepare(lab: Lab, case: Case, entry: Entry, inputs: Sequence[Inputs]) -> No
             _memory(entry, case, extra_peak_bytes(entry.calls[0], lab.device))
 
 
-def _race(lab: Lab, case: Case, racing: Sequence[Entry], first: Inputs, said: Callable[[str], object]) -> None:
+def _race(
+    lab: Lab, case: Case, racing: Sequence[Entry], inputs: Sequence[Inputs], said: Callable[[str], object]
+) -> None:
     before: list[ClockSample | None] = []
+    untouched = [fingerprint(one) for one in inputs]
     said(f"timing {len(racing)} implementations")
     results = race(
         [partial(_run_set, entry.calls) for entry in racing],
@@ -283,11 +286,17 @@ def _race(lab: Lab, case: Case, racing: Sequence[Entry], first: Inputs, said: Ca
         started=lambda: before.append(lab.watch.clocks()),
     )
     after = lab.watch.clocks()
+    if [fingerprint(one) for one in inputs] != untouched:
+        _find_writers(lab, racing, inputs)
+        left = [entry for entry in racing if entry.waiting]
+        if left:
+            _race(lab, case, left, inputs, said)
+        return
     for entry, result in zip(racing, results, strict=True):
         if isinstance(result, Timing):
             lab.last[entry.contender.name, case.workload, case.dtype] = (case, result.median_ms / 1e3)
             said(f"checking {entry.contender.label} again")
-            _attempt(lab, entry, partial(_look_again, entry, first))
+            _attempt(lab, entry, partial(_look_again, entry, inputs[0]))
         else:
             _fail(lab, entry, result)
         if entry.waiting and isinstance(result, Timing):
@@ -298,28 +307,50 @@ def _race(lab: Lab, case: Case, racing: Sequence[Entry], first: Inputs, said: Ca
             entry.end("ok", " ".join(filter(None, (entry.contender.remark, _host_note(result)))))
 
 
+def _find_writers(lab: Lab, racing: Sequence[Entry], inputs: Sequence[Inputs]) -> None:
+    """Restore the inputs, and end who writes into them; all, where nobody does while being watched."""
+    for seed, one in enumerate(inputs):
+        refill(one, seed)
+    for entry in racing:
+
+        def watched(entry: Entry = entry) -> None:
+            for seed, (call, one) in enumerate(zip(list(entry.calls), inputs, strict=True)):
+                before = fingerprint(one)
+                call()
+                if fingerprint(one) != before:
+                    refill(one, seed)
+                    entry.end("incorrect", guard.WROTE)
+
+        _attempt(lab, entry, watched)
+    if all(entry.waiting for entry in racing):
+        for entry in racing:
+            entry.end("incorrect", guard.SPOILT)
+
+
 def _look_again(entry: Entry, inputs: Inputs) -> None:
     """No times for a contender that did not do, when it was timed, what it did when it was checked."""
     assert entry.marks is not None
-    refill(inputs, 0)  # somebody may have written into them meanwhile
-    untouched = fingerprint(inputs)
-    again = entry.calls[0]()
-    reason = ""
-    if fingerprint(inputs) != untouched:
-        reason = WROTE
-    elif not entry.marks.distance(marks(again)) <= SAME:
-        reason = UNCHECKED
+    with _kept(entry, inputs):
+        poison(inputs.q)  # an output that is never written must not be the one that lay there
+        again = entry.calls[0]()
+    if not entry.waiting:
+        return
+    if not plain(again) or not entry.marks.distance(marks(again)) <= guard.SAME:
+        entry.end("incorrect", guard.UNCHECKED)
     elif entry.contender.family == "nha":  # a baseline may have laid out its inputs anew before it was timed
         refill(inputs, seed=-1)
-        if not entry.marks.distance(marks(entry.calls[0]())) >= OTHER:
-            reason = REMEMBERED
-    if reason:
-        entry.end("incorrect", reason)
+        poison(inputs.q)
+        distance = entry.marks.distance(marks(entry.calls[0]()))
+        refill(inputs, 0)
+        if not distance >= guard.OTHER:
+            entry.end("incorrect", guard.REMEMBERED)
 
 
 def _host_note(timing: Timing) -> str:
     if timing.left_out:
         return f"{timing.left_out} further samples are left out: they may hold host time."
+    if timing.late and not timing.includes_host:
+        return f"{timing.late} of {timing.samples} samples may hold host time."
     if not timing.includes_host:
         return ""
     return (

@@ -10,12 +10,13 @@ import dataclasses
 import io
 import json
 import os
+import selectors
 import subprocess
 import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,6 @@ import torch
 
 import nhabench
 from nhabench.compare import ROUNDS, Ratio, Verdict, ratio_of, take_turns
-from nhabench.timing import LEAST_SAMPLES
 from nhabench.workloads import Case
 
 FOLDER = "kernels"  # of the repository: what holds the package
@@ -32,8 +32,11 @@ FOLDER = "kernels"  # of the repository: what holds the package
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 
 
+ANSWER_S = {"prepare": 900.0, "time": 120.0}  # longer than any compiler, and any call, takes
+
+
 class SideError(RuntimeError):
-    """A side's process could not be started, or ended; str() holds the end of what it said."""
+    """A side's process could not be started, ended, or did not answer; str() holds the end of what it said."""
 
 
 @dataclass(frozen=True)
@@ -48,45 +51,57 @@ class Comparison:
 
 
 class Side:
-    """The process of one version: `folder` holds its nha_kernels."""
+    """The process of one version: `folder` holds its nha_kernels. late of the `taken` calls may hold host time."""
 
     def __init__(self, folder: Path, device: torch.device, log: Path) -> None:
-        # First the version under test, then the harness, which is the same for both.
+        # First the version under test, then the harness, which is the same for both. -P: nothing from where we happen
+        # to be.
         paths = [str(folder), str(Path(nhabench.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
-        self._log = log
+        self.late, self.taken, self._log = 0, 0, log
         with log.open("w", encoding="utf-8") as said:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "nhabench.side", str(folder), str(device)],
+                [sys.executable, "-P", "-m", "nhabench.side", str(folder), str(device)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=said, text=True, encoding="utf-8",
                 env={**os.environ, **PASSIVE, "PYTHONPATH": os.pathsep.join(filter(None, paths))},
             )  # fmt: skip
-        self._hear()
+        try:
+            self._hear(ANSWER_S["prepare"])
+        except BaseException:
+            self.close()
+            raise
 
     def prepare(self, case: Case, implementation: str) -> tuple[str, str]:
-        """(status, note) of a case: 'ok', 'unsupported', 'incorrect' or 'failed', and the reason."""
-        said = self._ask({"case": dataclasses.asdict(case), "implementation": implementation})
+        """(status, note) of a case, as `nhabench.side` says it."""
+        said = self._ask({"case": dataclasses.asdict(case), "implementation": implementation}, ANSWER_S["prepare"])
         return said["status"], said["note"]
 
     def time(self) -> float:
         """Milliseconds of one call."""
-        return float(self._ask("time")["ms"])
+        said = self._ask("time", ANSWER_S["time"])
+        self.late, self.taken = self.late + said["late"], self.taken + 1
+        return float(said["ms"])
 
     def close(self) -> None:
         """End the process."""
         self._process.kill()
         self._process.communicate()
 
-    def _ask(self, question: Any) -> dict[str, Any]:
+    def _ask(self, question: Any, seconds: float) -> dict[str, Any]:
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(question) + "\n")
             self._process.stdin.flush()
         except OSError as error:
             raise self._ended() from error
-        return self._hear()
+        return self._hear(seconds)
 
-    def _hear(self) -> dict[str, Any]:
+    def _hear(self, seconds: float) -> dict[str, Any]:
         assert self._process.stdout is not None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._process.stdout, selectors.EVENT_READ)
+            if not selector.select(seconds):
+                self._process.kill()
+                raise SideError(f"no answer within {seconds:.0f} s")
         line = self._process.stdout.readline()
         if not line:
             raise self._ended()
@@ -116,58 +131,96 @@ def version(ref: str, repository: Path) -> Iterator[Path]:
         yield Path(folder) / FOLDER
 
 
+Key = tuple[Case, str]  # what is compared: an implementation at a case
+
+
+class Match:
+    """The rounds of a comparison: what was found so far, and what needs no further round."""
+
+    def __init__(self, keys: Sequence[Key], seconds: float) -> None:
+        self.seconds = seconds / ROUNDS
+        self.ratios: dict[Key, list[float]] = {key: [] for key in keys}
+        self.late: set[Key] = set()
+        self.ended: dict[Key, Comparison] = {}
+
+    def play(self, key: Key, base: Side, new: Side) -> None:
+        """One round of one comparison. A process that ends or hangs ends this comparison, and is worth no other."""
+        before = "failed"
+        try:
+            before, why_not_before = base.prepare(*key)
+        except SideError as error:
+            self.ended[key] = Comparison(*key, "inconclusive", note=f"The base: {error}")
+            raise
+        try:
+            after, why_not_after = new.prepare(*key)
+            trouble = _trouble(key, before, why_not_before, after, why_not_after)
+            if trouble is not None:
+                self.ended[key] = trouble
+                return
+            base.late = base.taken = new.late = new.taken = 0
+            self.ratios[key].append(take_turns(base.time, new.time, self.seconds).median)
+            if 2 * max(base.late, new.late) > base.taken:
+                self.late.add(key)
+        except SideError as error:
+            verdict: Verdict = "regress" if before == "ok" else "inconclusive"
+            self.ended[key] = Comparison(*key, verdict, note=f"While the new version was at work: {error}")
+            raise
+
+    def result(self, key: Key, limit: float) -> Comparison:
+        """The comparison after all rounds."""
+        if key in self.ended:
+            return self.ended[key]
+        ratio = ratio_of(self.ratios[key])
+        note = "Host time may be part of it: the device waited for the host." if key in self.late else ""
+        return Comparison(*key, ratio.verdict(limit), ratio, note)
+
+
+def _trouble(key: Key, before: str, why_not_before: str, after: str, why_not_after: str) -> Comparison | None:
+    """What to say where not both sides can be timed."""
+    if after == "incorrect":
+        return Comparison(*key, "incorrect", note=why_not_after)
+    if before == after == "unsupported":
+        return Comparison(*key, "pass", note=f"Neither version serves it. {why_not_after}")
+    if after != "ok":
+        verdict: Verdict = "regress" if before == "ok" and after != "out of memory" else "inconclusive"
+        return Comparison(*key, verdict, note=f"The new version: {why_not_after}")
+    if before in ("unsupported", "incorrect"):
+        return Comparison(*key, "pass", note=f"The base did not serve it, or was wrong: {why_not_before}")
+    if before != "ok":
+        return Comparison(*key, "inconclusive", note=f"The base: {why_not_before}")
+    return None
+
+
 def compare_versions(
     base: Path, new: Path, cases: Sequence[Case], implementations: Sequence[str], device: torch.device,
-    seconds: float, limit: float, rounds: int = ROUNDS, said: Callable[[str], object] = lambda step: None,
+    seconds: float, limit: float, said: Callable[[str], object] = lambda step: None,
     start: Callable[[Path, torch.device, Path], Side] = Side,
 ) -> list[Comparison]:  # fmt: skip
     """Compare the versions in two folders; `seconds` at most for each implementation at each case, over all rounds.
 
     Every round has new processes, and gives one ratio: two processes of the same code differ, by where their memory
     lies, and no number of calls in one of them tells by how much. The verdict is on the ratios of all rounds.
-    Raises SideError where a process ends that should not, ValueError for no cases or implementations, or few rounds.
+    Raises SideError where a process cannot be started, ValueError for no cases or implementations.
     """
     if not cases or not implementations:
         counts = f"{len(cases)} and {len(implementations)}"
         raise ValueError(f"cases, implementations: expected at least one of each, got {counts}")
-    if rounds < LEAST_SAMPLES:
-        raise ValueError(f"rounds: expected at least {LEAST_SAMPLES}, got {rounds}")
-    ratios: dict[tuple[Case, str], list[float]] = {(case, one): [] for case in cases for one in implementations}
-    ended: dict[tuple[Case, str], Comparison] = {}
+    match = Match([(case, one) for case in cases for one in implementations], seconds)
     with tempfile.TemporaryDirectory() as logs:
-        for number in range(1, rounds + 1):
-            going_on = [key for key in ratios if key not in ended]
-            if not going_on:
-                break
-            with (
-                closing(start(base, device, Path(logs) / "base")) as before,
-                closing(start(new, device, Path(logs) / "new")) as after,
-            ):
-                for key in going_on:
-                    said(f"round {number}/{rounds}: {key[0]} {key[1]}")
-                    trouble = _prepare(before, after, *key)
-                    if trouble is None:
-                        ratios[key].append(take_turns(before.time, after.time, seconds / rounds).median)
-                    else:
-                        ended[key] = trouble
-    return [ended.get(key) or _judged(*key, ratio_of(found), limit) for key, found in ratios.items()]
-
-
-def _judged(case: Case, implementation: str, ratio: Ratio, limit: float) -> Comparison:
-    return Comparison(case, implementation, ratio.verdict(limit), ratio)
-
-
-def _prepare(base: Side, new: Side, case: Case, implementation: str) -> Comparison | None:
-    """Make both sides ready to be timed; where that fails, the comparison ends with this."""
-    before, why_not_before = base.prepare(case, implementation)
-    after, why_not_after = new.prepare(case, implementation)
-    if after == "incorrect":
-        return Comparison(case, implementation, "incorrect", note=why_not_after)
-    if before == after == "unsupported":
-        return Comparison(case, implementation, "pass", note=f"Neither version serves it. {why_not_after}")
-    if after != "ok":
-        verdict: Verdict = "regress" if before == "ok" else "inconclusive"
-        return Comparison(case, implementation, verdict, note=f"The new version: {why_not_after}")
-    if before != "ok":
-        return Comparison(case, implementation, "inconclusive", note=f"The base: {why_not_before}")
-    return None
+        for number in range(1, ROUNDS + 1):
+            left = [key for key in match.ratios if key not in match.ended]
+            while left:
+                with ExitStack() as stack:
+                    # Who is first finds other memory than who is second: each is so as often as the other.
+                    sides = {}
+                    for name in ("base", "new") if number % 2 else ("new", "base"):
+                        sides[name] = start(base if name == "base" else new, device, Path(logs) / name)
+                        stack.callback(sides[name].close)
+                    while left:
+                        key = left.pop(0)
+                        said(f"round {number}/{ROUNDS}: {key[0]} {key[1]}")
+                        try:
+                            match.play(key, sides["base"], sides["new"])
+                        except SideError:
+                            break  # the others go on with new processes
+    return [match.result(key, limit) for key in match.ratios]

@@ -3,8 +3,11 @@
 Run by `nhabench.regress` as `python -m nhabench.side FOLDER DEVICE`. It imports nha_kernels from FOLDER, and ends where
 it finds another. Then it answers a line of JSON with a line of JSON:
 
-    {"case": {...}, "implementation": "chunked"}    makes inputs, checks the output, warms up   {"note": ""} or why not
-    "time"                                          times one call, with the next inputs        {"ms": 1.25}
+    {"case": {...}, "implementation": "chunked"}  makes inputs, checks, warms up: {"status": "ok", "note": ""}
+    "time"                                        times one call, with the next inputs: {"ms": 1.25, "late": false}
+
+Its first line, once it is ready, is {"ready": true}. A status other than 'ok' is 'unsupported', 'incorrect', 'out of
+memory' or 'failed', with the reason as note. late: host time may be part of it.
 
 What the code under test prints goes to stderr, so that nothing mixes with the answers.
 """
@@ -23,16 +26,17 @@ from typing import Any
 import torch
 
 import nha_kernels
-from nhabench.bench import all_contenders
+from nhabench.ceilings import open_device
 from nhabench.check import check_against, first_output, release
-from nhabench.contender import Unsupported
-from nhabench.errors import first_line
-from nhabench.inputs import cache_bytes, make_inputs, set_count
+from nhabench.contender import Contender, Unsupported
+from nhabench.errors import first_line, is_out_of_memory
+from nhabench.implementations import implementations
+from nhabench.inputs import Inputs, cache_bytes, make_inputs, set_count
 from nhabench.reference import Judge
-from nhabench.timing import WARM_ROUNDS, CudaEvents, WallClock
+from nhabench.timing import WARM_ROUNDS, Sample
 from nhabench.workloads import Case, Workload
 
-CLOCK_TRIES = 5  # a sample during which the device waited for the host is taken again
+TRIES = 5  # for a sample during which the device does not wait for the host
 
 
 class Wrong(Exception):
@@ -49,38 +53,45 @@ class Bench:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.timer = CudaEvents() if device.type == "cuda" else WallClock()
-        self.turns: Iterator[float] = iter(())
+        self.timer = open_device(device)
+        self.turns: Iterator[Sample] = iter(())
 
     def prepare(self, case: Case, implementation: str) -> None:
         """Raises Unsupported, Wrong, or what the implementation raises."""
         self.turns = iter(())
         release(self.device)
-        (contender,) = all_contenders([implementation])
+        contender = next((one for one in implementations() if one.name == implementation), None)
+        if contender is None:
+            raise Unsupported(f"This version has no implementation {implementation!r}.")
         reason = contender.missing(self.device) or contender.cannot(case, self.device)
         if reason:
             raise Unsupported(reason)
         inputs = [make_inputs(case, self.device, seed) for seed in range(set_count(case, cache_bytes(self.device)))]
-        judge = Judge(case.workload, case.dtype, self.device)
-        truth, name = judge.reference(inputs[0])
-        o, _ = first_output(contender.bind(inputs[0]), inputs[0].q)
-        verdict = check_against(o, truth, name, judge.tolerance)
-        if not verdict.correct:
-            raise Wrong(verdict.sentence)
+        _check(contender, inputs[0])
+        release(self.device)  # the reference was larger than all else: the other side needs memory too
         self.turns = self._turns([contender.bind(one) for one in inputs])
         for _ in range(WARM_ROUNDS):
             next(self.turns)
 
-    def _turns(self, calls: list[Any]) -> Iterator[float]:
+    def _turns(self, calls: list[Any]) -> Iterator[Sample]:
         stopwatch = self.timer.stopwatch()
         turn = 0
         while True:
-            for _ in range(CLOCK_TRIES):
+            for _ in range(TRIES):
                 sample = stopwatch(partial(_run, calls[turn % len(calls)]))
                 turn += 1
                 if not sample.late:
                     break
-            yield sample.ms
+            yield sample
+
+
+def _check(contender: Contender, inputs: Inputs) -> None:
+    judge = Judge(inputs.case.workload, inputs.case.dtype, inputs.q.device)
+    truth, name = judge.reference(inputs)
+    o, _ = first_output(contender.bind(inputs), inputs.q)
+    verdict = check_against(o, truth, name, judge.tolerance)
+    if not verdict.correct:
+        raise Wrong(verdict.sentence)
 
 
 def _run(call: Any) -> object:
@@ -90,7 +101,8 @@ def _run(call: Any) -> object:
 def answer(bench: Bench, question: Any) -> dict[str, Any]:
     """The answer to one line."""
     if question == "time":
-        return {"ms": next(bench.turns)}
+        sample = next(bench.turns)
+        return {"ms": sample.ms, "late": sample.late}
     try:
         bench.prepare(case_of(question["case"]), question["implementation"])
     except Unsupported as error:
@@ -98,7 +110,10 @@ def answer(bench: Bench, question: Any) -> dict[str, Any]:
     except Wrong as error:
         return {"status": "incorrect", "note": str(error)}
     except Exception as error:
-        return {"status": "failed", "note": f"{type(error).__name__}: {first_line(error)}"}
+        if bench.device.type == "cuda":
+            torch.cuda.synchronize()  # an illegal access took the device along: then this process ends
+        status = "out of memory" if is_out_of_memory(error) else "failed"
+        return {"status": status, "note": f"{type(error).__name__}: {first_line(error)}"}
     return {"status": "ok", "note": ""}
 
 

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from nhabench import bench as module
-from nhabench import check, environment, measure, reference
+from nhabench import ceilings, check, environment, measure, reference
 from nhabench.bench import Options, Outcome, all_contenders, run
 from nhabench.ceilings import warm_up
 from nhabench.contender import Contender, Unsupported
@@ -178,7 +178,7 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
     def make(after: int) -> list[str]:
         lost: list[str] = []
         timer = FaultyTimer(after, lost)
-        monkeypatch.setattr(module, "WallClock", lambda: timer)
+        monkeypatch.setattr(ceilings, "WallClock", lambda: timer)
         return lost
 
     return make
@@ -269,8 +269,8 @@ def test_a_gpu_is_warm_before_its_timer_and_its_ceilings(bench: Bench, monkeypat
         return lambda *arguments: steps.append(name) or answer
 
     monkeypatch.setattr(torch.cuda, "set_device", step("set device"))
-    monkeypatch.setattr(module, "warm_up", step("warm up"))
-    monkeypatch.setattr(module, "CudaEvents", step("timer"))
+    monkeypatch.setattr(ceilings, "warm_up", step("warm up"))
+    monkeypatch.setattr(ceilings, "CudaEvents", step("timer"))
     monkeypatch.setattr(module, "GpuWatch", step("watch"))
     monkeypatch.setattr(module, "read_environment", step("environment"))
     monkeypatch.setattr(module, "measure_ceilings", step("ceilings"))
@@ -299,7 +299,7 @@ def test_host_time_is_in_the_row_and_in_the_table(
             return lambda call: Sample(time(call).ms, late=number == 0)
 
     contender = iter(range(100))
-    monkeypatch.setattr(module, "WallClock", Late)
+    monkeypatch.setattr(ceilings, "WallClock", Late)
     bench([contenders.nha("waits", remark="A remark."), contenders.nha("queued")], lengths=[16])
     row = bench.rows["waits", 16]
     assert row.timer == "cuda events with host time"
@@ -320,7 +320,7 @@ def test_the_row_says_how_many_samples_were_left_out(
             return lambda call: Sample(time(call).ms, late=next(sample) in (4, 7))
 
     sample = iter(range(10_000))
-    monkeypatch.setattr(module, "WallClock", Hesitant)
+    monkeypatch.setattr(ceilings, "WallClock", Hesitant)
     bench([contenders.nha("queued")], lengths=[16])
     row = bench.rows["queued", 16]
     assert row.note == "2 further samples are left out: they may hold host time."

@@ -13,7 +13,7 @@ from nhabench.contender import Contender
 from nhabench.environment import read_environment
 from nhabench.floors import Ceilings
 from nhabench.gpu import GpuWatch
-from nhabench.guard import NO_TENSOR, REMEMBERED, UNCHECKED, WROTE, fingerprint, marks, refill
+from nhabench.guard import NO_TENSOR, REMEMBERED, SPOILT, UNCHECKED, WROTE, fingerprint, marks, refill
 from nhabench.implementations import attend
 from nhabench.inputs import Inputs, make_inputs
 from nhabench.measure import Lab, measure_case
@@ -69,17 +69,24 @@ def idle(calls: int) -> Callable[[Inputs], torch.Tensor]:
     return run
 
 
-def writes(after: int) -> Callable[[Inputs], torch.Tensor]:
-    """Gates set to zero, from some call on."""
-    calls = iter(range(10**6))
+def writes(name: str, after: int = 0, fails: bool = False) -> Callable[[], Callable[[Inputs], torch.Tensor]]:
+    """The tokens of one input in another order, from some call on."""
 
-    def run(inputs: Inputs) -> torch.Tensor:
-        o = right(inputs)
-        if next(calls) >= after:
-            inputs.g.zero_()
-        return o
+    def made() -> Callable[[Inputs], torch.Tensor]:
+        calls = iter(range(10**6))
 
-    return run
+        def run(inputs: Inputs) -> torch.Tensor:
+            o = right(inputs)
+            if next(calls) >= after:
+                x = getattr(inputs, name)
+                x.copy_(x.flip(1))
+                if fails:
+                    raise RuntimeError("it broke")
+            return o
+
+        return run
+
+    return made
 
 
 class Lazy(torch.Tensor):
@@ -94,8 +101,8 @@ CHEATS: dict[str, tuple[Callable[[], Callable[[Inputs], torch.Tensor]], str]] = 
     "it remembers": (remembers, REMEMBERED),
     "it idles once it was checked": (lambda: idle(1), UNCHECKED),
     "it idles once it is warm": (lambda: idle(4), UNCHECKED),
-    "it writes into its inputs": (lambda: writes(0), WROTE),
-    "it writes into its inputs when it is timed": (lambda: writes(3), WROTE),
+    **{f"it writes into {name}": (writes(name), WROTE) for name in "qkvg"},
+    "it writes when it is timed": (writes("k", after=3), WROTE),
     "its output is lazy": (lambda: lazy, NO_TENSOR),
 }
 
@@ -106,6 +113,28 @@ def test_cheats_get_no_time_and_cost_the_others_nothing(name: str, measure: Meas
     rows = measure(contenders.nha("cheat", cheat()), contenders.nha("honest"))
     assert (rows["cheat"].status, rows["cheat"].note, rows["cheat"].median_ms) == ("incorrect", reason, None)
     assert rows["honest"].status == "ok"
+
+
+def test_who_writes_and_then_fails_spoils_nothing(measure: Measure, contenders: Any) -> None:
+    rows = measure(contenders.nha("cheat", writes("k", fails=True)()), contenders.nha("honest"))
+    assert rows["cheat"].status == "failed"
+    assert rows["honest"].status == "ok"
+
+
+def test_who_writes_unseen_costs_all_their_times(measure: Measure, contenders: Any) -> None:
+    def once() -> Callable[[Inputs], torch.Tensor]:
+        calls = iter(range(10**6))
+
+        def run(inputs: Inputs) -> torch.Tensor:
+            o = right(inputs)
+            if next(calls) == 5:
+                inputs.g.zero_()
+            return o
+
+        return run
+
+    rows = measure(contenders.nha("cheat", once()), contenders.nha("honest"))
+    assert {row.note for row in rows.values()} == {SPOILT}
 
 
 def test_a_baseline_that_idles_is_caught_too(measure: Measure, contenders: Any) -> None:

@@ -15,9 +15,9 @@ import torch
 from typer.testing import CliRunner
 
 import nha_kernels
-from nhabench import cli
+from nhabench import cli, environment
 from nhabench.compare import Ratio
-from nhabench.regress import Comparison, Side, SideError, compare_versions, version
+from nhabench.regress import ANSWER_S, Comparison, Side, SideError, compare_versions, version
 from nhabench.workloads import Case, Workload
 
 CPU = torch.device("cpu")
@@ -73,7 +73,7 @@ def test_a_process_that_ends_is_an_error_with_its_last_words(folder: Path, tmp_p
 
 
 def test_a_slower_version_is_caught(folder: Path) -> None:
-    change(folder, "__import__('time').sleep(0.01) or o")
+    change(folder, "__import__('time').sleep(0.05) or o")
     installed = Path(nha_kernels.__file__).parent.parent
     (one,) = compare_versions(installed, folder, [CASE], ["chunked"], CPU, 1.2, limit=0.1)
     assert one.verdict == "regress"
@@ -89,15 +89,24 @@ class Fake:
     def __init__(self, folder: Path, device: torch.device, log: Path) -> None:
         type(self).started += 1
         self.slow = 1.5 if folder.name == "slow" else 1.0
+        self.late = self.taken = 0
 
     def prepare(self, case: Case, implementation: str) -> tuple[str, str]:
         if implementation == f"wrong in {self.slow}":
             return "incorrect", "It is off."
         if implementation == f"not in {self.slow}" or implementation == "nowhere":
             return "unsupported", "It cannot."
+        if implementation == f"large in {self.slow}":
+            return "out of memory", "Too large."
+        if implementation == f"broken in {self.slow}":
+            return "failed", "It raised."
+        if implementation == f"deadly in {self.slow}":
+            raise SideError("exit code -11: it said nothing")
+        self.waits = implementation == "host-bound"
         return "ok", ""
 
     def time(self) -> float:
+        self.taken, self.late = self.taken + 1, self.late + self.waits
         return self.slow
 
     def close(self) -> None:
@@ -119,18 +128,50 @@ def test_every_round_has_new_processes_and_gives_one_ratio() -> None:
     assert one.verdict == "pass"
 
 
+VERDICTS = {
+    "wrong in 1.5": "incorrect",
+    "wrong in 1.0": "pass",  # mended
+    "not in 1.5": "regress",
+    "not in 1.0": "pass",  # new
+    "nowhere": "pass",
+    "broken in 1.5": "regress",
+    "broken in 1.0": "inconclusive",
+    "large in 1.5": "inconclusive",
+    "large in 1.0": "inconclusive",
+}
+
+
 def test_what_cannot_be_timed_has_a_verdict_too() -> None:
-    found = fakes("fast", "slow", "wrong in 1.5", "wrong in 1.0", "not in 1.5", "not in 1.0", "nowhere")
-    assert [one.verdict for one in found] == ["incorrect", "inconclusive", "regress", "inconclusive", "pass"]
+    found = fakes("fast", "slow", *VERDICTS)
+    assert {one.implementation: one.verdict for one in found} == VERDICTS
     assert all(one.note for one in found)
     assert Fake.started == 2  # nothing was left for a second round
+
+
+def test_a_process_that_dies_ends_its_comparison_only() -> None:
+    found = fakes("fast", "slow", "deadly in 1.5", "chunked", "deadly in 1.0")
+    assert [one.verdict for one in found] == ["regress", "regress", "inconclusive"]
+    assert [one.ratio is None for one in found] == [True, False, True]
+    assert "exit code -11" in found[0].note
+    assert Fake.started == 2 * (2 + 5)  # new ones for what followed; the last round of the third had nothing to follow
+
+
+def test_host_time_is_told() -> None:
+    (one,) = fakes("fast", "fast", "host-bound")
+    assert one.note == "Host time may be part of it: the device waited for the host."
 
 
 def test_nothing_to_compare_is_an_error() -> None:
     with pytest.raises(ValueError, match="expected at least one of each, got 1 and 0"):
         fakes("fast", "slow")
-    with pytest.raises(ValueError, match="rounds: expected at least 6, got 2"):
-        compare_versions(Path("a"), Path("b"), [CASE], ["chunked"], CPU, 0.0, 0.01, rounds=2)
+
+
+def test_a_side_that_does_not_answer_is_ended(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    change(folder, "__import__('time').sleep(60)")
+    with closing(Side(folder, CPU, tmp_path / "log")) as side:
+        monkeypatch.setitem(ANSWER_S, "prepare", 0.5)
+        with pytest.raises(SideError, match="no answer within"):
+            side.prepare(CASE, "chunked")
 
 
 @pytest.fixture
@@ -162,7 +203,7 @@ def test_the_shell_is_told(
 ) -> None:
     def compared(*arguments: object, **named: object) -> list[Comparison]:
         if verdict is None:
-            raise SideError("exit code -9: it said nothing")
+            raise SideError("exit code -9: [/tmp/x] it said nothing")
         return [Comparison(CASE, "chunked", verdict, Ratio(1.2, 1.1, 1.3, 6))]
 
     @contextmanager
@@ -173,6 +214,7 @@ def test_the_shell_is_told(
     monkeypatch.setattr(cli, "compare_versions", compared)
     monkeypatch.setattr(cli, "version", at)
     monkeypatch.setattr(cli, "checkout", lambda: repository)
+    monkeypatch.setattr(cli, "differs", lambda ref, folder: True)
     done = CliRunner().invoke(cli.app, ["regress", "v1", "--device", "cpu", "--json"])
     assert done.exit_code == code
     if verdict is not None:
@@ -181,6 +223,25 @@ def test_the_shell_is_told(
     done = CliRunner().invoke(cli.app, ["regress", "v1", "--device", "cpu"])
     if verdict is not None:
         assert "1.2000 of the base's time (1.1000 to 1.3000)" in done.stdout
+
+
+def test_the_same_code_is_not_compared(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "checkout", lambda: repository)
+    monkeypatch.setattr(cli, "differs", lambda ref, folder: False)
+    done = CliRunner().invoke(cli.app, ["regress", "HEAD", "--device", "cpu"])
+    assert (done.exit_code, "the same code as HEAD" in done.stdout) == (0, True)
+
+
+def test_what_differs_is_the_folder_and_not_the_rest(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(environment, "__file__", str(repository / "nhabench" / "environment.py"))
+    (repository / "nhabench").mkdir()
+    assert environment.differs("HEAD", "kernels")
+    (repository / "kernels" / "nha_kernels" / "__init__.py").write_text("old = True\n")
+    (repository / "README.md").write_text("new\n")
+    assert not environment.differs("HEAD", "kernels")
+    (repository / "kernels" / "nha_kernels" / "more.py").write_text("new = True\n")
+    assert environment.differs("HEAD", "kernels")
+    assert environment.checkout() == repository
 
 
 def test_bad_flags_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

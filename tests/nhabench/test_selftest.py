@@ -32,13 +32,13 @@ def test_few_alarms_and_few_misses_pass() -> None:
     assert not passed(trials(alarms=2, caught=100), 0.01)
     assert not passed(trials(alarms=0, caught=94), 0.01)
     assert not passed(trials(alarms=1, caught=10, among=10), 0.01)
+    assert not passed([*trials(alarms=0, caught=100), Trial(0.05, 0.09, 100, 100, 0)], 0.01)  # not what was asked
 
 
 def test_a_pause_keeps_its_time() -> None:
     begin = time.perf_counter()
     pause_of(20.0, CPU)()
-    assert 0.020 <= time.perf_counter() - begin < 0.2
-    pause_of(0.0, CPU)()
+    assert time.perf_counter() - begin >= 0.020
 
 
 def test_the_second_side_is_slower_by_what_is_said(
