@@ -72,7 +72,7 @@ class Terminated(KeyboardInterrupt):
 
 
 @contextlib.contextmanager
-def _terminable() -> Iterator[None]:
+def terminable() -> Iterator[None]:
     """Inside, SIGTERM raises Terminated. Only a main thread is told of signals."""
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -106,7 +106,7 @@ def run(options: Options, console: Console, progress: Console) -> Outcome:
     """
     results = ResultFile(options.output / CSV_NAME)
     outcome = Outcome(results.path)
-    with torch.no_grad(), _terminable():
+    with torch.no_grad(), terminable():
         try:
             _measure(options, results, outcome, progress)
         except KeyboardInterrupt as stop:

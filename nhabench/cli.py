@@ -18,7 +18,7 @@ from rich.table import Table
 from rich.text import Text
 
 from nha_kernels import BACKENDS
-from nhabench.bench import EXIT_DEVICE, Options, all_contenders, run
+from nhabench.bench import EXIT_DEVICE, Options, all_contenders, run, terminable
 from nhabench.compare import EXIT_CODES, LIMITS, worst
 from nhabench.environment import checkout, device_name, device_slug, differs, named_commit
 from nhabench.implementations import implementations
@@ -250,6 +250,7 @@ def _regress(
     console, progress = _console(quiet=as_json, markup=False), _console(stderr=True, markup=False)
     results: list[Comparison] = []
     with ExitStack() as stack:
+        stack.enter_context(terminable())  # SIGTERM too ends the processes, and takes the folders away
         try:
             folder = stack.enter_context(version(base, root))
         except ValueError as error:

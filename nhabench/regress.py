@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import math
 import os
 import selectors
 import subprocess
@@ -25,6 +26,7 @@ import torch
 
 import nhabench
 from nhabench.compare import ROUNDS, Ratio, Verdict, ratio_of, take_turns
+from nhabench.guard import SAME
 from nhabench.workloads import Case
 
 FOLDER = "kernels"  # of the repository: what holds the package
@@ -50,6 +52,15 @@ class Comparison:
     note: str = ""
 
 
+@dataclass(frozen=True)
+class Prepared:
+    """What a side says of a case: 'ok' or another status of `nhabench.side`, the reason, and its output in short."""
+
+    status: str
+    note: str = ""
+    o: Sequence[float] = ()
+
+
 class Side:
     """The process of one version: `folder` holds its nha_kernels. late of the `taken` calls may hold host time."""
 
@@ -70,10 +81,10 @@ class Side:
             self.close()
             raise
 
-    def prepare(self, case: Case, implementation: str) -> tuple[str, str]:
-        """(status, note) of a case, as `nhabench.side` says it."""
-        said = self._ask({"case": dataclasses.asdict(case), "implementation": implementation}, ANSWER_S["prepare"])
-        return said["status"], said["note"]
+    def prepare(self, case: Case, implementation: str) -> Prepared:
+        """Make inputs, check the output, warm up."""
+        question = {"case": dataclasses.asdict(case), "implementation": implementation}
+        return Prepared(**self._ask(question, ANSWER_S["prepare"]))
 
     def time(self) -> float:
         """Milliseconds of one call."""
@@ -145,15 +156,13 @@ class Match:
 
     def play(self, key: Key, base: Side, new: Side) -> None:
         """One round of one comparison. A process that ends or hangs ends this comparison, and is worth no other."""
-        before = "failed"
         try:
-            before, why_not_before = base.prepare(*key)
+            before = base.prepare(*key)
         except SideError as error:
             self.ended[key] = Comparison(*key, "inconclusive", note=f"The base: {error}")
             raise
         try:
-            after, why_not_after = new.prepare(*key)
-            trouble = _trouble(key, before, why_not_before, after, why_not_after)
+            trouble = _trouble(key, before, new.prepare(*key))
             if trouble is not None:
                 self.ended[key] = trouble
                 return
@@ -162,7 +171,7 @@ class Match:
             if 2 * max(base.late, new.late) > base.taken:
                 self.late.add(key)
         except SideError as error:
-            verdict: Verdict = "regress" if before == "ok" else "inconclusive"
+            verdict: Verdict = "regress" if before.status == "ok" else "inconclusive"
             self.ended[key] = Comparison(*key, verdict, note=f"While the new version was at work: {error}")
             raise
 
@@ -175,19 +184,23 @@ class Match:
         return Comparison(*key, ratio.verdict(limit), ratio, note)
 
 
-def _trouble(key: Key, before: str, why_not_before: str, after: str, why_not_after: str) -> Comparison | None:
-    """What to say where not both sides can be timed."""
-    if after == "incorrect":
-        return Comparison(*key, "incorrect", note=why_not_after)
-    if before == after == "unsupported":
-        return Comparison(*key, "pass", note=f"Neither version serves it. {why_not_after}")
-    if after != "ok":
-        verdict: Verdict = "regress" if before == "ok" and after != "out of memory" else "inconclusive"
-        return Comparison(*key, verdict, note=f"The new version: {why_not_after}")
-    if before in ("unsupported", "incorrect"):
-        return Comparison(*key, "pass", note=f"The base did not serve it, or was wrong: {why_not_before}")
-    if before != "ok":
-        return Comparison(*key, "inconclusive", note=f"The base: {why_not_before}")
+def _trouble(key: Key, before: Prepared, after: Prepared) -> Comparison | None:
+    """What to say where the versions cannot be timed against one another."""
+    if after.status == "incorrect":
+        return Comparison(*key, "incorrect", note=after.note)
+    if before.status == after.status == "unsupported":
+        return Comparison(*key, "pass", note=f"Neither version serves it. {after.note}")
+    if after.status != "ok":
+        verdict: Verdict = "regress" if before.status == "ok" and after.status != "out of memory" else "inconclusive"
+        return Comparison(*key, verdict, note=f"The new version: {after.note}")
+    if before.status in ("unsupported", "incorrect"):
+        return Comparison(*key, "pass", note=f"The base did not serve it, or was wrong: {before.note}")
+    if before.status != "ok":
+        return Comparison(*key, "inconclusive", note=f"The base: {before.note}")
+    if not math.dist(before.o, after.o) <= SAME * math.hypot(*before.o):
+        return Comparison(
+            *key, "incorrect", note="The versions return different outputs, each right by its own reference."
+        )
     return None
 
 

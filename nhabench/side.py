@@ -3,11 +3,12 @@
 Run by `nhabench.regress` as `python -m nhabench.side FOLDER DEVICE`. It imports nha_kernels from FOLDER, and ends where
 it finds another. Then it answers a line of JSON with a line of JSON:
 
-    {"case": {...}, "implementation": "chunked"}  makes inputs, checks, warms up: {"status": "ok", "note": ""}
-    "time"                                        times one call, with the next inputs: {"ms": 1.25, "late": false}
+    {"case": {...}, "implementation": "chunked"}  inputs, check, warm-up: {"status": "ok", "note": "", "o": [...]}
+    "time"                                        one call, with the next inputs: {"ms": 1.25, "late": false}
 
 Its first line, once it is ready, is {"ready": true}. A status other than 'ok' is 'unsupported', 'incorrect', 'out of
-memory' or 'failed', with the reason as note. late: host time may be part of it.
+memory' or 'failed', with the reason as note. o: the output in short (`nhabench.guard.marks`), so that the versions can
+be compared with one another. late: host time may be part of it.
 
 What the code under test prints goes to stderr, so that nothing mixes with the answers.
 """
@@ -30,6 +31,7 @@ from nhabench.ceilings import open_device
 from nhabench.check import check_against, first_output, release
 from nhabench.contender import Contender, Unsupported
 from nhabench.errors import first_line, is_out_of_memory
+from nhabench.guard import marks
 from nhabench.implementations import implementations
 from nhabench.inputs import Inputs, cache_bytes, make_inputs, set_count
 from nhabench.reference import Judge
@@ -56,8 +58,8 @@ class Bench:
         self.timer = open_device(device)
         self.turns: Iterator[Sample] = iter(())
 
-    def prepare(self, case: Case, implementation: str) -> None:
-        """Raises Unsupported, Wrong, or what the implementation raises."""
+    def prepare(self, case: Case, implementation: str) -> list[float]:
+        """The output in short. Raises Unsupported, Wrong, or what the implementation raises."""
         self.turns = iter(())
         release(self.device)
         contender = next((one for one in implementations() if one.name == implementation), None)
@@ -67,11 +69,12 @@ class Bench:
         if reason:
             raise Unsupported(reason)
         inputs = [make_inputs(case, self.device, seed) for seed in range(set_count(case, cache_bytes(self.device)))]
-        _check(contender, inputs[0])
+        short = _check(contender, inputs[0])
         release(self.device)  # the reference was larger than all else: the other side needs memory too
         self.turns = self._turns([contender.bind(one) for one in inputs])
         for _ in range(WARM_ROUNDS):
             next(self.turns)
+        return short
 
     def _turns(self, calls: list[Any]) -> Iterator[Sample]:
         stopwatch = self.timer.stopwatch()
@@ -85,13 +88,15 @@ class Bench:
             yield sample
 
 
-def _check(contender: Contender, inputs: Inputs) -> None:
+def _check(contender: Contender, inputs: Inputs) -> list[float]:
     judge = Judge(inputs.case.workload, inputs.case.dtype, inputs.q.device)
     truth, name = judge.reference(inputs)
     o, _ = first_output(contender.bind(inputs), inputs.q)
     verdict = check_against(o, truth, name, judge.tolerance)
     if not verdict.correct:
         raise Wrong(verdict.sentence)
+    short: list[float] = marks(o).projections.flatten().tolist()
+    return short
 
 
 def _run(call: Any) -> object:
@@ -104,7 +109,7 @@ def answer(bench: Bench, question: Any) -> dict[str, Any]:
         sample = next(bench.turns)
         return {"ms": sample.ms, "late": sample.late}
     try:
-        bench.prepare(case_of(question["case"]), question["implementation"])
+        short = bench.prepare(case_of(question["case"]), question["implementation"])
     except Unsupported as error:
         return {"status": "unsupported", "note": str(error)}
     except Wrong as error:
@@ -114,7 +119,7 @@ def answer(bench: Bench, question: Any) -> dict[str, Any]:
             torch.cuda.synchronize()  # an illegal access took the device along: then this process ends
         status = "out of memory" if is_out_of_memory(error) else "failed"
         return {"status": status, "note": f"{type(error).__name__}: {first_line(error)}"}
-    return {"status": "ok", "note": ""}
+    return {"status": "ok", "note": "", "o": short}
 
 
 def main(folder: str, device: str) -> None:

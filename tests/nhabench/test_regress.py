@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import nha_kernels
 from nhabench import cli, environment
 from nhabench.compare import Ratio
-from nhabench.regress import ANSWER_S, Comparison, Side, SideError, compare_versions, version
+from nhabench.regress import ANSWER_S, Comparison, Prepared, Side, SideError, compare_versions, version
 from nhabench.workloads import Case, Workload
 
 CPU = torch.device("cpu")
@@ -46,22 +46,22 @@ def change(folder: Path, result: str) -> None:
 def test_a_side_checks_and_times_its_own_version(folder: Path, tmp_path: Path) -> None:
     change(folder, "print('said by the version') or o")
     with closing(Side(folder, CPU, tmp_path / "log")) as side:
-        assert side.prepare(CASE, "chunked") == ("ok", "")
+        ready = side.prepare(CASE, "chunked")
+        assert (ready.status, ready.note, len(ready.o) > 0) == ("ok", "", True)
         assert [side.time() > 0 for _ in range(3)] == [True] * 3
-        status, note = side.prepare(CASE, "flash")
-        assert status == "unsupported"
-        assert note
-        assert side.prepare(CASE, "chunked")[0] == "ok"
+        assert side.prepare(CASE, "flash").status == "unsupported"
+        assert side.prepare(CASE, "new").note == "This version has no implementation 'new'."
+        assert side.prepare(CASE, "chunked") == ready
     assert "said by the version" in (tmp_path / "log").read_text()
 
 
 def test_a_wrong_version_is_told_and_one_that_fails_too(folder: Path, tmp_path: Path) -> None:
     change(folder, "o * 1.01 if o.shape[1] != 47 else 1 / 0")
     with closing(Side(folder, CPU, tmp_path / "log")) as side:
-        status, note = side.prepare(CASE, "chunked")
-        assert (status, note[:14]) == ("incorrect", "Relative error")
-        status, note = side.prepare(Case(CASE.workload, 1, 47, "float32"), "chunked")
-        assert (status, note) == ("failed", "ZeroDivisionError: division by zero")
+        wrong = side.prepare(CASE, "chunked")
+        assert (wrong.status, wrong.note[:14]) == ("incorrect", "Relative error")
+        failed = side.prepare(Case(CASE.workload, 1, 47, "float32"), "chunked")
+        assert failed == Prepared("failed", "ZeroDivisionError: division by zero")
 
 
 def test_a_process_that_ends_is_an_error_with_its_last_words(folder: Path, tmp_path: Path) -> None:
@@ -91,19 +91,19 @@ class Fake:
         self.slow = 1.5 if folder.name == "slow" else 1.0
         self.late = self.taken = 0
 
-    def prepare(self, case: Case, implementation: str) -> tuple[str, str]:
+    def prepare(self, case: Case, implementation: str) -> Prepared:
         if implementation == f"wrong in {self.slow}":
-            return "incorrect", "It is off."
+            return Prepared("incorrect", "It is off.")
         if implementation == f"not in {self.slow}" or implementation == "nowhere":
-            return "unsupported", "It cannot."
+            return Prepared("unsupported", "It cannot.")
         if implementation == f"large in {self.slow}":
-            return "out of memory", "Too large."
+            return Prepared("out of memory", "Too large.")
         if implementation == f"broken in {self.slow}":
-            return "failed", "It raised."
+            return Prepared("failed", "It raised.")
         if implementation == f"deadly in {self.slow}":
             raise SideError("exit code -11: it said nothing")
         self.waits = implementation == "host-bound"
-        return "ok", ""
+        return Prepared("ok", "", [self.slow if implementation == "redefined" else 1.0, 2.0])
 
     def time(self) -> float:
         self.taken, self.late = self.taken + 1, self.late + self.waits
@@ -138,6 +138,7 @@ VERDICTS = {
     "broken in 1.0": "inconclusive",
     "large in 1.5": "inconclusive",
     "large in 1.0": "inconclusive",
+    "redefined": "incorrect",
 }
 
 
