@@ -1,4 +1,4 @@
-"""The command line: `python -m nhabench bench | regress | selftest | plot | workloads`."""
+"""The command line: `python -m nhabench bench | regress | selftest | doctor | plot | workloads`."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ from rich.text import Text
 from nha_kernels import BACKENDS
 from nhabench.bench import EXIT_DEVICE, Options, all_contenders, run, terminable
 from nhabench.compare import EXIT_CODES, LIMITS, worst
-from nhabench.environment import checkout, device_name, device_slug, differs, named_commit
+from nhabench.environment import checkout, device_name, device_slug, differs, named_commit, read_environment
+from nhabench.gpu import GpuWatch
 from nhabench.implementations import implementations
 from nhabench.plots import draw_all
 from nhabench.regress import FOLDER, Comparison, compare_versions, version
@@ -69,6 +70,14 @@ def _at_least(least: float, **flags: int | float | None) -> None:
         if value is not None and value < least:
             hint = "--" + name.replace("_", "-")
             raise typer.BadParameter(f"expected a number >= {least}, got {value}", param_hint=hint)
+
+
+def _check_commit() -> None:
+    """Raises typer.BadParameter where the environment names a commit that is none."""
+    try:
+        named_commit()
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from error
 
 
 def _workloads(file: Path | None, names: list[str]) -> list[Workload]:
@@ -133,10 +142,7 @@ def bench(
     for length in seq_len or []:
         _at_least(1, seq_len=length)
     where = _device(device)
-    try:
-        named_commit()  # before hours are spent on rows that would name no commit
-    except ValueError as error:
-        raise typer.BadParameter(str(error)) from error
+    _check_commit()  # before hours are spent on rows that would name none
     try:
         contenders = all_contenders(only or [])
     except ValueError as error:
@@ -336,6 +342,33 @@ def selftest(
             table.add_row(f"{one.slowdown:.1%}", f"{one.measured:.2%}", *map(str, counts))
         _console().print(table, "passed" if good else "failed")
     raise typer.Exit(0 if good else 1)
+
+
+@app.command()
+def doctor(
+    device: Annotated[
+        str | None, typer.Option(help="cpu, cuda or cuda:N. A GPU where there is one, by default.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
+) -> None:
+    """What was found on this machine, what will therefore run in the benchmark, and what will not, and why."""
+    _check_commit()
+    where = _device(device)
+    found = dataclasses.asdict(read_environment(where, GpuWatch(where), ""))
+    for name in ("date", "command", "device_type"):
+        del found[name]
+    runs = [(one.name, one.label, one.missing(where)) for one in all_contenders()]
+    if as_json:
+        rows = [{"name": name, "label": label, "why_not": why_not} for name, label, why_not in runs]
+        print(json.dumps({"found": found, "contenders": rows}))
+        return
+    table = Table("found", "", title="Machine and software")
+    for name, value in found.items():
+        table.add_row(name, Text("-" if value in ("", None) else str(value)))
+    contenders = Table("contender", "runs", "why not", title=f"On {where}")
+    for name, label, why_not in runs:
+        contenders.add_row(f"{name} ({label})", "no" if why_not else "yes", Text(why_not or ""))
+    _console().print(table, contenders)
 
 
 @app.command()

@@ -129,3 +129,17 @@ def test_a_commit_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.Mo
     assert result.exit_code == 2
     assert "NHABENCH_GIT_SHA" in result.output
     assert not (tmp_path / "results").exists()
+
+
+def test_the_doctor_says_what_runs_and_what_does_not() -> None:
+    done = RUNNER.invoke(app, ["doctor", "--device", "cpu", "--json"])
+    assert done.exit_code == 0
+    told = json.loads(done.stdout)
+    assert told["found"]["torch"] == torch.__version__
+    reasons = {one["name"]: one["why_not"] for one in told["contenders"]}
+    assert (reasons["chunked"], reasons["naive"]) == (None, None)
+    assert "CUDA" in reasons["flash"]
+    done = RUNNER.invoke(app, ["doctor", "--device", "cpu"])
+    assert done.exit_code == 0
+    assert "chunked" in done.stdout
+    assert "why not" in done.stdout
