@@ -24,7 +24,7 @@ from nhabench.environment import checkout, device_name, device_slug, differs, na
 from nhabench.gpu import GpuWatch
 from nhabench.implementations import implementations
 from nhabench.plots import draw_all
-from nhabench.regress import FOLDER, Comparison, compare_versions, version
+from nhabench.regress import FOLDER, Comparison, as_it_is, compare_versions, version
 from nhabench.results import load_rows
 from nhabench.selftest import passed, run_trials
 from nhabench.workloads import DTYPES, SEQ_LENS, Case, Workload, cases, load_workloads, select
@@ -265,7 +265,7 @@ def _regress(
         if not same:
             status = stack.enter_context(progress.status(""))
             try:
-                sides = (folder, root / FOLDER)
+                sides = (folder, stack.enter_context(as_it_is(root)))
                 results = compare_versions(
                     *sides, chosen, names, device, seconds, limit, lambda step: status.update(Text(step))
                 )

@@ -12,6 +12,7 @@ import json
 import math
 import os
 import selectors
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -140,6 +141,14 @@ def version(ref: str, repository: Path) -> Iterator[Path]:
         with tarfile.open(fileobj=io.BytesIO(done.stdout)) as archive:
             archive.extractall(folder, filter="data")
         yield Path(folder) / FOLDER
+
+
+@contextmanager
+def as_it_is(repository: Path) -> Iterator[Path]:
+    """A folder with the nha_kernels of the work tree as it is now: edits during a comparison do not enter it."""
+    with tempfile.TemporaryDirectory() as folder:
+        ignored = shutil.ignore_patterns("__pycache__")
+        yield Path(shutil.copytree(repository / FOLDER, Path(folder) / FOLDER, ignore=ignored))
 
 
 Key = tuple[Case, str]  # what is compared: an implementation at a case

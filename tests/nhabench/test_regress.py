@@ -17,7 +17,7 @@ from typer.testing import CliRunner
 import nha_kernels
 from nhabench import cli, environment
 from nhabench.compare import Ratio
-from nhabench.regress import ANSWER_S, Comparison, Prepared, Side, SideError, compare_versions, version
+from nhabench.regress import ANSWER_S, Comparison, Prepared, Side, SideError, as_it_is, compare_versions, version
 from nhabench.workloads import Case, Workload
 
 CPU = torch.device("cpu")
@@ -190,6 +190,10 @@ def repository(tmp_path: Path) -> Path:
 def test_a_version_is_what_was_committed(repository: Path) -> None:
     with version("HEAD", repository) as folder:
         assert (folder / "nha_kernels" / "__init__.py").read_text() == "old = True\n"
+    assert not folder.exists()
+    with as_it_is(repository) as folder:
+        (repository / "kernels" / "nha_kernels" / "__init__.py").write_text("edited = True\n")
+        assert (folder / "nha_kernels" / "__init__.py").read_text() == "old = False\n"
     assert not folder.exists()
     expected = "base: expected a commit of this repository that has kernels/, got 'nowhere'"
     with pytest.raises(ValueError, match=expected), version("nowhere", repository):
