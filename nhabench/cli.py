@@ -7,6 +7,7 @@ import json
 import math
 import os
 import shlex
+from collections.abc import Iterable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -42,6 +43,11 @@ WorkloadsFile = Annotated[
     Path | None, typer.Option("--workloads-file", help="TOML file that adds workloads or replaces some of the table.")
 ]
 
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. A GPU where there is one, by default.")]
+Dtype = Annotated[
+    str | None, typer.Option(help=f"{', '.join(DTYPES)}. bfloat16 on a GPU, float32 on a CPU, by default.")
+]
+
 
 def _device(name: str | None) -> torch.device:
     """The asked device, or a GPU where there is one. A GPU has its number. Raises typer.BadParameter."""
@@ -64,12 +70,13 @@ def _dtype(name: str | None, device: torch.device) -> str:
     return chosen
 
 
-def _at_least(least: float, **flags: int | float | None) -> None:
-    """Raises typer.BadParameter for a flag whose value is less."""
-    for name, value in flags.items():
-        if value is not None and value < least:
-            hint = "--" + name.replace("_", "-")
-            raise typer.BadParameter(f"expected a number >= {least}, got {value}", param_hint=hint)
+def _at_least(least: float, **flags: float | list[int] | None) -> None:
+    """Raises typer.BadParameter for a flag whose value, or one of whose values, is less."""
+    for name, given in flags.items():
+        for value in given if isinstance(given, list) else [given]:
+            if value is not None and value < least:
+                hint = "--" + name.replace("_", "-")
+                raise typer.BadParameter(f"expected a number >= {least}, got {value}", param_hint=hint)
 
 
 def _check_commit() -> None:
@@ -78,6 +85,11 @@ def _check_commit() -> None:
         named_commit()
     except ValueError as error:
         raise typer.BadParameter(str(error)) from error
+
+
+def _fitted(shapes: Iterable[Workload], device: torch.device) -> list[Workload]:
+    """The shapes with B = 1 on a CPU, where no length would end soon otherwise."""
+    return [dataclasses.replace(shape, tokens=1) if device.type == "cpu" else shape for shape in shapes]
 
 
 def _workloads(file: Path | None, names: list[str]) -> list[Workload]:
@@ -121,12 +133,8 @@ def bench(
     only: Annotated[
         list[str] | None, typer.Option(help="An implementation or baseline to run; repeatable. All by default.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. A GPU where there is one, by default.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help=f"{', '.join(DTYPES)}. bfloat16 on a GPU, float32 on a CPU, by default.")
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     seconds_per_case: Annotated[float, typer.Option(help="Time limit of timing at each B x T.")] = 2.0,
     output: Annotated[Path | None, typer.Option(help="Folder for CSV and plots. results/<device> by default.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON in place of tables.")] = False,
@@ -137,19 +145,15 @@ def bench(
     implementation was wrong; 3: something failed, ran out of memory or a baseline was wrong; 70: the device was lost;
     74: a file could not be written; 130 or 143: interrupted or terminated. What was measured is kept in every case.
     """
-    _at_least(1, slots=slots, tokens=tokens)
+    _at_least(1, slots=slots, tokens=tokens, seq_len=seq_len)
     _at_least(0, window=window, seconds_per_case=seconds_per_case)
-    for length in seq_len or []:
-        _at_least(1, seq_len=length)
     where = _device(device)
     _check_commit()  # before hours are spent on rows that would name none
     try:
         contenders = all_contenders(only or [])
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--only") from error
-    shapes = _workloads(workloads_file, workload or [])
-    if where.type == "cpu":  # B = 1, or no length would end soon
-        shapes = [dataclasses.replace(shape, tokens=1) for shape in shapes]
+    shapes = _fitted(_workloads(workloads_file, workload or []), where)
     shapes = [shape.changed(window, slots, tokens) for shape in shapes]
     flags = {
         "workload": workload, "workloads-file": workloads_file, "seq-len": seq_len, "window": window, "slots": slots,
@@ -205,12 +209,8 @@ def regress(
     only: Annotated[
         list[str] | None, typer.Option(help="An NHA implementation; repeatable. All but naive by default.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. A GPU where there is one, by default.")
-    ] = None,
-    dtype: Annotated[
-        str | None, typer.Option(help=f"{', '.join(DTYPES)}. bfloat16 on a GPU, float32 on a CPU, by default.")
-    ] = None,
+    device: Device = None,
+    dtype: Dtype = None,
     seconds: Annotated[float, typer.Option(help="Time limit of each comparison.")] = 20.0,
     limit: Annotated[
         float | None, typer.Option(help="By how much a call may become slower. 0.01 (1 %) by default, on a CPU 0.1.")
@@ -225,8 +225,7 @@ def regress(
     wrong; 70: the comparison itself failed.
     """
     _at_least(0, seconds=seconds, limit=limit)
-    for length in seq_len or []:
-        _at_least(1, seq_len=length)
+    _at_least(1, seq_len=seq_len)
     for name in only or []:
         if name not in BACKENDS:
             raise typer.BadParameter(f"expected some of {', '.join(BACKENDS)}, got {name!r}", param_hint="--only")
@@ -234,10 +233,9 @@ def regress(
     if root is None:
         raise typer.BadParameter("expected to be run from a checkout of the project, with git", param_hint="BASE")
     where = _device(device)
-    shapes, lengths = _workloads(workloads_file, workload or []), seq_len or [2048, 16384]
+    shapes, lengths = _fitted(_workloads(workloads_file, workload or []), where), seq_len or [2048, 16384]
     if where.type == "cpu":
-        shapes = [dataclasses.replace(shape, tokens=1) for shape in (shapes if workload else shapes[:1])]
-        lengths = seq_len or [512]
+        shapes, lengths = shapes if workload else shapes[:1], seq_len or [512]
     serving = [one.name for one in implementations() if one.name != "naive" and not one.missing(where)]
     ref = base or ("HEAD" if differs("HEAD", FOLDER) else "HEAD~1")
     raise typer.Exit(
@@ -303,9 +301,7 @@ def selftest(
     limit: Annotated[
         float | None, typer.Option(help="What counts as slower. 0.01 (1 %) by default, on a CPU 0.1.")
     ] = None,
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. A GPU where there is one, by default.")
-    ] = None,
+    device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of a table.")] = False,
 ) -> None:
     """Does the harness tell a slowdown from noise on this machine?
@@ -321,9 +317,7 @@ def selftest(
     bound = LIMITS[where.type] if limit is None else limit
     name, length, count, time = ("triton", 2048, 200, 1.0) if where.type == "cuda" else ("chunked", 64, 10, 3.0)
     (contender,) = all_contenders([name])
-    (shape,) = _workloads(None, ["nha-340m"])
-    if where.type == "cpu":
-        shape = dataclasses.replace(shape, tokens=1)
+    (shape,) = _fitted(_workloads(None, ["nha-340m"]), where)
     case = shape.case(length, _dtype(None, where))
     with torch.no_grad(), _console(stderr=True).status("") as status:
         trials = run_trials(
@@ -346,9 +340,7 @@ def selftest(
 
 @app.command()
 def doctor(
-    device: Annotated[
-        str | None, typer.Option(help="cpu, cuda or cuda:N. A GPU where there is one, by default.")
-    ] = None,
+    device: Device = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON in place of tables.")] = False,
 ) -> None:
     """What was found on this machine, what will therefore run in the benchmark, and what will not, and why."""

@@ -8,6 +8,7 @@ inputs as they were, is the output that of the check, and does it change when th
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 
@@ -65,7 +66,7 @@ def _sum_of_bits(x: torch.Tensor) -> int:
     return int(total)
 
 
-def plain(o: object) -> bool:
+def plain(o: object) -> TypeGuard[torch.Tensor]:
     """Whether an output is a tensor and nothing that only looks like one."""
     return type(o) is torch.Tensor
 

@@ -72,6 +72,11 @@ def set_count(case: Case, l2_bytes: int) -> int:
     return max(1, min(MAX_SETS, -(-COLD_FACTOR * l2_bytes // case.input_bytes)))
 
 
+def input_sets(case: Case, device: torch.device) -> list[Inputs]:
+    """The sets to rotate, from the seeds 0, 1, ..."""
+    return [make_inputs(case, device, seed) for seed in range(set_count(case, cache_bytes(device)))]
+
+
 def cache_state(case: Case, sets: int, l2_bytes: int) -> str:
     """'cold' when the rotated sets exceed the L2 as intended, 'warm' when they cannot, 'uncontrolled' on a CPU."""
     if not l2_bytes:

@@ -19,7 +19,7 @@ from nhabench.errors import first_line, is_out_of_memory, without_frames
 from nhabench.floors import Ceilings
 from nhabench.gpu import ClockSample, GpuWatch, clock_fell, extra_peak_bytes
 from nhabench.guard import fingerprint, marks, plain, refill
-from nhabench.inputs import Inputs, bytes_needed, cache_bytes, cache_state, free_bytes, make_inputs, set_count
+from nhabench.inputs import Inputs, bytes_needed, cache_bytes, cache_state, free_bytes, input_sets, set_count
 from nhabench.reference import Judge, small_inputs
 from nhabench.results import HOST_TIME, Row
 from nhabench.timing import Timer, Timing, race
@@ -156,11 +156,10 @@ def _turn_away(lab: Lab, case: Case, entry: Entry, needed: int, free: int) -> No
 
 
 def _check_and_time(lab: Lab, case: Case, entries: Sequence[Entry], said: Callable[[str], object]) -> None:
-    l2 = cache_bytes(lab.device)
-    sets = set_count(case, l2)
-    inputs = [make_inputs(case, lab.device, seed) for seed in range(sets)]
+    inputs = input_sets(case, lab.device)
+    sets = len(inputs)
     for entry in entries:
-        entry.changes.update(input_sets=sets, cache=cache_state(case, sets, l2))
+        entry.changes.update(input_sets=sets, cache=cache_state(case, sets, cache_bytes(lab.device)))
     _check_all(lab, case, entries, inputs[0], said)
     racing = [entry for entry in entries if entry.waiting]
     for entry in racing:
@@ -210,14 +209,14 @@ def _check_nha(lab: Lab, entries: Sequence[Entry], inputs: Inputs, said: Callabl
 
 
 @contextmanager
-def _kept(entry: Entry, inputs: Inputs) -> Iterator[None]:
-    """The inputs are afterwards as they were before; if the contender wrote into them, that ends it."""
+def _kept(entry: Entry, inputs: Inputs, seed: int = 0) -> Iterator[None]:
+    """The inputs, made from `seed`, are afterwards as they were before; a contender that wrote into them is ended."""
     before = fingerprint(inputs)
     try:
         yield
     finally:
         if fingerprint(inputs) != before:
-            refill(inputs, 0)
+            refill(inputs, seed)
             entry.end("incorrect", guard.WROTE)
 
 
@@ -225,7 +224,7 @@ def _first_look(entry: Entry, o: object) -> None:
     """Keep the marks of an output; what is none is not timed."""
     if not entry.waiting:
         return
-    if isinstance(o, torch.Tensor) and plain(o):
+    if plain(o):
         entry.marks = marks(o)
     else:
         entry.end("incorrect", guard.NO_TENSOR)
@@ -314,12 +313,9 @@ def _find_writers(lab: Lab, racing: Sequence[Entry], inputs: Sequence[Inputs]) -
     for entry in racing:
 
         def watched(entry: Entry = entry) -> None:
-            for seed, (call, one) in enumerate(zip(list(entry.calls), inputs, strict=True)):
-                before = fingerprint(one)
-                call()
-                if fingerprint(one) != before:
-                    refill(one, seed)
-                    entry.end("incorrect", guard.WROTE)
+            for seed, (call, one) in enumerate(zip(entry.calls, inputs, strict=True)):
+                with _kept(entry, one, seed):
+                    call()
 
         _attempt(lab, entry, watched)
     if all(entry.waiting for entry in racing):
@@ -349,14 +345,12 @@ def _look_again(entry: Entry, inputs: Inputs) -> None:
 def _host_note(timing: Timing) -> str:
     if timing.left_out:
         return f"{timing.left_out} further samples are left out: they may hold host time."
-    if timing.late and not timing.includes_host:
-        return f"{timing.late} of {timing.samples} samples may hold host time."
-    if not timing.includes_host:
-        return ""
-    return (
-        f"Includes host time: in {timing.late} of {timing.samples} samples the host had not queued the whole call when "
-        "the device began it."
-    )
+    if timing.includes_host:
+        return (
+            f"Includes host time: in {timing.late} of {timing.samples} samples the host had not queued the whole call "
+            "when the device began it."
+        )
+    return f"{timing.late} of {timing.samples} samples may hold host time." if timing.late else ""
 
 
 def _run_set(calls: Sequence[Call], turn: int) -> torch.Tensor:

@@ -18,7 +18,7 @@ import sys
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,8 +33,6 @@ from nhabench.workloads import Case
 FOLDER = "kernels"  # of the repository: what holds the package
 # Threads of a side that has finished its turn sleep: by default they spin for a while, on the other side's cores.
 PASSIVE = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
-
-
 ANSWER_S = {"prepare": 900.0, "time": 120.0}  # longer than any compiler, and any call, takes
 
 
@@ -63,13 +61,14 @@ class Prepared:
 
 
 class Side:
-    """The process of one version: `folder` holds its nha_kernels. late of the `taken` calls may hold host time."""
+    """The process of one version: `folder` holds its nha_kernels. late: how many of a case's `taken` calls were."""
 
     def __init__(self, folder: Path, device: torch.device, log: Path) -> None:
         # First the version under test, then the harness, which is the same for both. -P: nothing from where we happen
         # to be.
         paths = [str(folder), str(Path(nhabench.__file__).resolve().parent.parent), os.environ.get("PYTHONPATH", "")]
-        self.late, self.taken, self._log = 0, 0, log
+        self.late = self.taken = 0
+        self._log = log
         with log.open("w", encoding="utf-8") as said:
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-m", "nhabench.side", str(folder), str(device)],
@@ -84,6 +83,7 @@ class Side:
 
     def prepare(self, case: Case, implementation: str) -> Prepared:
         """Make inputs, check the output, warm up."""
+        self.late = self.taken = 0
         question = {"case": dataclasses.asdict(case), "implementation": implementation}
         return Prepared(**self._ask(question, ANSWER_S["prepare"]))
 
@@ -175,7 +175,6 @@ class Match:
             if trouble is not None:
                 self.ended[key] = trouble
                 return
-            base.late = base.taken = new.late = new.taken = 0
             self.ratios[key].append(take_turns(base.time, new.time, self.seconds).median)
             if 2 * max(base.late, new.late) > base.taken:
                 self.late.add(key)
@@ -229,20 +228,19 @@ def compare_versions(
         raise ValueError(f"cases, implementations: expected at least one of each, got {counts}")
     match = Match([(case, one) for case in cases for one in implementations], seconds)
     with tempfile.TemporaryDirectory() as logs:
+
+        def started(name: str) -> Side:
+            return start(base if name == "base" else new, device, Path(logs) / name)
+
         for number in range(1, ROUNDS + 1):
+            # Who is first finds other memory than who is second: each is so as often as the other.
+            order = ("base", "new") if number % 2 else ("new", "base")
             left = [key for key in match.ratios if key not in match.ended]
-            while left:
-                with ExitStack() as stack:
-                    # Who is first finds other memory than who is second: each is so as often as the other.
-                    sides = {}
-                    for name in ("base", "new") if number % 2 else ("new", "base"):
-                        sides[name] = start(base if name == "base" else new, device, Path(logs) / name)
-                        stack.callback(sides[name].close)
+            while left:  # a process that ends or hangs is worth no other comparison: they go on with new ones
+                with closing(started(order[0])) as one, closing(started(order[1])) as two, suppress(SideError):
+                    sides = dict(zip(order, (one, two), strict=True))
                     while left:
                         key = left.pop(0)
                         said(f"round {number}/{ROUNDS}: {key[0]} {key[1]}")
-                        try:
-                            match.play(key, sides["base"], sides["new"])
-                        except SideError:
-                            break  # the others go on with new processes
+                        match.play(key, sides["base"], sides["new"])
     return [match.result(key, limit) for key in match.ratios]

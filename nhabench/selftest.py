@@ -18,7 +18,7 @@ import torch
 from nhabench.ceilings import open_device
 from nhabench.compare import take_turns
 from nhabench.contender import Contender
-from nhabench.inputs import cache_bytes, make_inputs, set_count
+from nhabench.inputs import input_sets
 from nhabench.timing import WARM_ROUNDS
 from nhabench.workloads import Case
 
@@ -57,8 +57,7 @@ def run_trials(
 ) -> list[Trial]:  # fmt: skip
     """Compare a contender's call with itself, and with itself slowed down; `seconds` at most for each comparison."""
     timer = open_device(device)
-    inputs = [make_inputs(case, device, seed) for seed in range(set_count(case, cache_bytes(device)))]
-    calls = [contender.bind(one) for one in inputs]
+    calls = [contender.bind(one) for one in input_sets(case, device)]
 
     def side(pause: Callable[[], object]) -> Callable[[], float]:
         stopwatch, rotated = timer.stopwatch(), itertools.cycle(calls)

@@ -16,11 +16,11 @@ What the code under test prints goes to stderr, so that nothing mixes with the a
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import sys
-from collections.abc import Iterator
-from functools import partial
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,11 @@ import torch
 import nha_kernels
 from nhabench.ceilings import open_device
 from nhabench.check import check_against, first_output, release
-from nhabench.contender import Contender, Unsupported
+from nhabench.contender import Call, Contender, Unsupported
 from nhabench.errors import first_line, is_out_of_memory
 from nhabench.guard import marks
 from nhabench.implementations import implementations
-from nhabench.inputs import Inputs, cache_bytes, make_inputs, set_count
+from nhabench.inputs import Inputs, input_sets
 from nhabench.reference import Judge
 from nhabench.timing import WARM_ROUNDS, Sample
 from nhabench.workloads import Case, Workload
@@ -68,7 +68,7 @@ class Bench:
         reason = contender.missing(self.device) or contender.cannot(case, self.device)
         if reason:
             raise Unsupported(reason)
-        inputs = [make_inputs(case, self.device, seed) for seed in range(set_count(case, cache_bytes(self.device)))]
+        inputs = input_sets(case, self.device)
         short = _check(contender, inputs[0])
         release(self.device)  # the reference was larger than all else: the other side needs memory too
         self.turns = self._turns([contender.bind(one) for one in inputs])
@@ -76,13 +76,11 @@ class Bench:
             next(self.turns)
         return short
 
-    def _turns(self, calls: list[Any]) -> Iterator[Sample]:
-        stopwatch = self.timer.stopwatch()
-        turn = 0
+    def _turns(self, calls: Sequence[Call]) -> Iterator[Sample]:
+        stopwatch, rotated = self.timer.stopwatch(), itertools.cycle(calls)
         while True:
-            for _ in range(TRIES):
-                sample = stopwatch(partial(_run, calls[turn % len(calls)]))
-                turn += 1
+            for call in itertools.islice(rotated, TRIES):
+                sample = stopwatch(call)
                 if not sample.late:
                     break
             yield sample
@@ -97,10 +95,6 @@ def _check(contender: Contender, inputs: Inputs) -> list[float]:
         raise Wrong(verdict.sentence)
     short: list[float] = marks(o).projections.flatten().tolist()
     return short
-
-
-def _run(call: Any) -> object:
-    return call()
 
 
 def answer(bench: Bench, question: Any) -> dict[str, Any]:

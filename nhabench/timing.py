@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache, partial
+from statistics import median
 from typing import Any, Protocol
 
 import torch
@@ -178,13 +179,11 @@ def summarise(samples: Sequence[float], stop: str = "", late: int = 0, left_out:
     if not samples:
         raise ValueError("samples: expected at least one, got none")
     ordered = sorted(samples)
-    middle = len(ordered) // 2
-    median = ordered[middle] if len(ordered) % 2 else (ordered[middle - 1] + ordered[middle]) / 2
     low, high = None, None
     if len(ordered) >= LEAST_SAMPLES:
         low, high = (ordered[rank] for rank in median_ranks(len(ordered)))
     p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
-    return Timing(median, low, high, ordered[0], p95, len(ordered), stop, late, left_out)
+    return Timing(median(ordered), low, high, ordered[0], p95, len(ordered), stop, late, left_out)
 
 
 def precise(samples: Sequence[float]) -> bool:

@@ -213,7 +213,7 @@ def test_a_device_lost_while_timing_exits_70_with_its_rows(
     assert "For debugging" not in bench.said.getvalue()
 
 
-@pytest.mark.parametrize("where", ["free_bytes", "cache_bytes", "make_inputs"])
+@pytest.mark.parametrize("where", ["free_bytes", "cache_bytes", "input_sets"])
 def test_a_question_that_the_device_does_not_answer_is_a_row(
     where: str, bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
