@@ -46,6 +46,17 @@ def strength(b_g):
     return gl.where(b_g > -0.02, -b_g * b_series, 1.0 - gl.exp2(b_g * LOG2E))
 
 
+@gluon.jit
+def load_step(d_k, d_v, d_g, s_k, s_v, s_g, full, place, n, h, t, column, pred):
+    """Keys, values and gates of STEP tokens from t on, into a place of the ring."""
+    COLUMNS: gl.constexpr = s_k.shape[4]
+    BYTES: gl.constexpr = 2 * STEP * COLUMNS * 2 + STEP * BM * (d_g.dtype.primitive_bitwidth // 8)
+    mbarrier.expect(full.index(place), BYTES, pred=pred)
+    load_async(d_g, [n, t, h, 0], full.index(place), s_g.index(place), pred=pred)
+    load_async(d_k, [n, t, h, column], full.index(place), s_k.index(place), pred=pred)
+    load_async(d_v, [n, t, h, column], full.index(place), s_v.index(place), pred=pred)
+
+
 @gluon.jit(do_not_specialize=["start", "blocks", "segments", "programs"])
 def ends_kernel(
     d_k, d_v, d_g, p_ends, p_totals, start, blocks, segments, programs,
@@ -76,7 +87,6 @@ def ends_kernel(
     t_last = start + (index + 1) * blocks * STEP - STEP  # of the last step
 
     GATE_BITS: gl.constexpr = d_g.dtype.primitive_bitwidth
-    BYTES: gl.constexpr = 2 * STEP * COLUMNS * 2 + STEP * BM * (GATE_BITS // 8)  # of a step
     s_k = gl.allocate_shared_memory(bf16, [R, 1, STEP, 1, COLUMNS], tile_layout(4))
     s_v = gl.allocate_shared_memory(bf16, [R, 1, STEP, 1, COLUMNS], tile_layout(4))
     s_g = gl.allocate_shared_memory(d_g.dtype, [R, 1, STEP, 1, BM], tile_layout(4, GATE_BITS))
@@ -90,11 +100,7 @@ def ends_kernel(
     fence_async_shared()
     barrier()
     for x in gl.static_range(R):
-        t = t_last - x * STEP
-        mbarrier.expect(full.index(x), BYTES, pred=x < blocks)
-        load_async(d_g, [n, t, h, 0], full.index(x), s_g.index(x), pred=x < blocks)
-        load_async(d_k, [n, t, h, column], full.index(x), s_k.index(x), pred=x < blocks)
-        load_async(d_v, [n, t, h, column], full.index(x), s_v.index(x), pred=x < blocks)
+        load_step(d_k, d_v, d_g, s_k, s_v, s_g, full, x, n, h, t_last - x * STEP, column, x < blocks)
 
     b_k = gl.zeros([BM, COLUMNS], gl.float32, acc)
     b_v = gl.zeros([BM, COLUMNS], gl.float32, acc)
@@ -123,12 +129,8 @@ def ends_kernel(
         b_v = warpgroup_mma(b_left, s_v.index(place).reshape([STEP, COLUMNS]), b_v, is_async=True)
         b_k, b_v, b_left = warpgroup_mma_wait(0, deps=(b_k, b_v, b_left))
         barrier()  # all warps are done with this place
-        ahead = x + R < blocks
         t = t_last - (x + R) * STEP
-        mbarrier.expect(full.index(place), BYTES, pred=ahead)
-        load_async(d_g, [n, t, h, 0], full.index(place), s_g.index(place), pred=ahead)
-        load_async(d_k, [n, t, h, column], full.index(place), s_k.index(place), pred=ahead)
-        load_async(d_v, [n, t, h, column], full.index(place), s_v.index(place), pred=ahead)
+        load_step(d_k, d_v, d_g, s_k, s_v, s_g, full, place, n, h, t, column, x + R < blocks)
 
     m = gl.arange(0, BM, layout=gl.SliceLayout(1, acc))
     d = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, acc))
