@@ -96,6 +96,11 @@ def resident_problems() -> dict[str, Problem]:
             slots=64, window=window, delay=window, dtype=torch.bfloat16, gate_dtype=gate_dtype, device="cuda",
             capability=(9, 0), mask_empty_slots=True, output_final_state=True, return_lse=True,
         )  # fmt: skip
+    for rotated in (
+        "D128-NG4-W64-bfloat16", "D128-NG4-W64-float32", "D128-NG8-W64-bfloat16", "D64-NG4-W64-bfloat16",
+        "D128-NG4-W16-bfloat16",
+    ):  # fmt: skip
+        problems[f"{rotated}-rope"] = replace(problems[rotated], positions="rope")
     for usual in ("D128-NG4-W64-bfloat16", "D256-NG1-W32-bfloat16"):
         plain = replace(problems[usual], mask_empty_slots=False, output_final_state=False, return_lse=False)
         problems[f"{usual}-plain"] = plain

@@ -51,7 +51,7 @@ OTHERS: dict[str, dict[str, Any]] = {
     "a window that tiles do not divide": {"window": 40, "delay": 40},
     "overlapping slots": {"delay": 0},
     "a large group": {"q_heads": 72},
-    "a rotary embedding": {"positions": "rope"},
+    "queries and keys of the window's own": {"positions": "given"},
     "explicit strengths": {"explicit_strength": True},
     "packed sequences": {"packed": True},
     "a state": {"has_state": True},
@@ -66,11 +66,13 @@ OTHERS_SINGLE: dict[str, dict[str, Any]] = {
     "a narrow window": {"window": 15, "delay": 15},
     "a wide window": {"window": 65, "delay": 65},
     "fp32 gates with heads of 256": {"head_dim": 256, "value_dim": 256, "gate_dtype": torch.float32},
+    "a rotary embedding": {"positions": "rope"},
     **{
         name: OTHERS[name]
         for name in (
             "another GPU", "fp16", "values of another size", "many slots", "gates that are not aligned",
-            "overlapping slots", "a rotary embedding", "explicit strengths", "packed sequences", "a state",
+            "overlapping slots", "queries and keys of the window's own", "explicit strengths", "packed sequences",
+            "a state",
         )
     },
 }  # fmt: skip
@@ -204,6 +206,7 @@ BY_KERNEL = pytest.mark.parametrize(
     "case",
     [
         pytest.param(WIDE, id="groups"),
+        pytest.param(replace(WIDE, rope=True), id="groups, rope"),
         *(pytest.param(replace(SINGLE_HEADS, head_dim=d), id=f"single-{d}") for d in (64, 128, 256)),
     ],
 )
@@ -225,6 +228,15 @@ CASES: dict[str, Case] = {
     "a window of 48": replace(WIDE, window=48, group=3, scale=0.2),
     "few slots in fp32": replace(WIDE, slots=20, gates_like_q=False, mask=True),
     "four slots in fp32": replace(WIDE, slots=4, gates_like_q=False),
+    "rope": replace(WIDE, rope=True, batch=1, tokens=1500),
+    "rope, shorter than the window": replace(WIDE, rope=True, tokens=40, mask=True),
+    "rope, one token": replace(WIDE, rope=True, tokens=1),
+    "rope, fp32 gates": replace(WIDE, rope=True, gates="mixed", gates_like_q=False),
+    "rope, a group of 7": replace(WIDE, rope=True, group=7, mask=True, slots=40),
+    "rope, a group of 2": replace(WIDE, rope=True, group=2, kv_heads=1, window=48),
+    "rope, a window of 16": replace(WIDE, rope=True, window=16, gates="strong"),
+    "rope, small heads": replace(WIDE, rope=True, head_dim=64, window=32, slots=16),
+    "rope, small heads, a group of 8": replace(WIDE, rope=True, head_dim=64, group=8, gates_like_q=False),
 }
 
 
@@ -309,7 +321,8 @@ def test_rows_whose_logits_are_all_far_below_0(tokens: int, case: Case) -> None:
         *(
             pytest.param(CASES[name], id=name)
             for name in ("one sequence", "a group of 7", "small heads", "a window of 48", "fp32 gates",
-                         "a window of 16, few slots")
+                         "a window of 16, few slots", "rope", "rope, a group of 7", "rope, small heads",
+                         "rope, fp32 gates")
         ),
         *(
             pytest.param(replace(SINGLE_HEADS, head_dim=d, window=window), id=f"single-{d}, a window of {window}")
@@ -353,14 +366,9 @@ def test_a_state_made_by_it_goes_on_elsewhere(case: Case) -> None:
     cut = 500
     pieces, state = [], None
     for part in (slice(0, cut), slice(cut, None)):
-        piece = {name: args[name][:, part] for name in ("q", "k", "v", "g")}
+        piece = {**args, **{name: args[name][:, part] for name in ("q", "k", "v", "g")}}
         o, state, lse = native_hybrid_attention(
-            **piece,
-            window_size=case.window,
-            initial_state=state,
-            output_final_state=True,
-            return_lse=True,
-            backend="triton",
+            **piece, initial_state=state, output_final_state=True, return_lse=True, backend="triton"
         )
         pieces.append((o, lse))
     o, lse = (torch.cat(x, dim=1) for x in zip(*pieces, strict=True))
@@ -382,11 +390,19 @@ def test_inputs_that_lie_badly(case: Case) -> None:
 
 
 @hopper
+def test_rotary_tables_of_any_dtype_and_length() -> None:
+    args = make(replace(WIDE, rope=True), torch.bfloat16)
+    short = tuple(x.bfloat16() for x in args["rope"])
+    longer = tuple(torch.cat((x.double(), torch.full_like(x, torch.nan).double())) for x in short)
+    assert torch.equal(serve({**args, "rope": short}).o, serve({**args, "rope": longer}).o)
+
+
+@hopper
 @BY_KERNEL
 def test_a_captured_call_takes_new_inputs(case: Case) -> None:
     args = make(replace(case, batch=1, tokens=700), torch.bfloat16)
     other = make(replace(case, batch=1, tokens=700, seed=1), torch.bfloat16)
-    expected = serve(other).o
+    expected = serve({**args, **{name: other[name] for name in ("q", "k", "v", "g")}}).o
     native_hybrid_attention(**args, backend="triton")  # compiled before the capture
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
@@ -402,6 +418,7 @@ def test_a_captured_call_takes_new_inputs(case: Case) -> None:
 def test_calls_that_follow_one_another(case: Case) -> None:
     """A call's launches overlap; none may read what is still to be written, or write what is still to be read."""
     cases = [make(replace(case, batch=1, tokens=700, seed=seed), torch.bfloat16) for seed in range(4)]
+    cases = [{**cases[0], **{name: args[name] for name in ("q", "k", "v", "g")}} for args in cases]
     expected = [serve(args).o for args in cases]
     large = torch.empty(1 << 27, device="cuda")
     args = {**cases[0], **{name: cases[0][name].clone() for name in ("q", "k", "v", "g")}}

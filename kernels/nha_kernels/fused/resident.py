@@ -60,6 +60,7 @@ PROGRAMS = {64: 1, 128: 1, 256: 2}  # that share the columns of the values, by h
 # are subtracted here, lose what is small.
 ERASED = gl.constexpr(-110.0)
 RING = gl.constexpr(8)  # R: WB + 2 at the least, and as many as G less one, or a wait could miss its turn
+LEAVING = gl.constexpr(3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +117,7 @@ def first_reason(problem: Problem, *limits: tuple[bool, str]) -> str | None:
         (problem.dtype == torch.bfloat16, "takes bfloat16 only"),
         (problem.slots <= 64, "takes up to 64 slots"),
         (problem.window == problem.delay, "takes W = delay"),
-        (problem.positions == "none", "takes no window positions"),
+        (problem.positions != "given", "takes no q_window or k_window"),
         (not problem.explicit_strength, "takes no explicit write strength"),
         (problem.slots * problem.gate_dtype.itemsize % 16 == 0, "takes gates of a multiple of 16 bytes a token"),
         (not problem.packed, "takes no packed sequences"),
@@ -165,18 +166,17 @@ def decays(b_g, acc: gl.constexpr):
 
 @gluon.jit
 def load_partition(
-    d_q, d_k, d_v, d_g, s_q, s_k, s_v, s_g, q_full, q_empty, kv_full, g_full, done, n, h, t0, tiles,
-    D: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, G: gl.constexpr, PARTS: gl.constexpr,
+    d_q, d_k, d_v, d_g, s_q, s_k, s_v, s_g, s_leaving, q_full, q_empty, kv_full, g_full, leaving_full, done, absorbed,
+    n, h, t0, tiles,
+    D: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, G: gl.constexpr, PARTS: gl.constexpr, ROPE: gl.constexpr,
 ):  # fmt: skip
     """Block x of a ring holds the tokens from t0 + 16 (x - WB) on; those outside of the sequence read as 0."""
     GATE_BYTES: gl.constexpr = d_g.dtype.primitive_bitwidth // 8
     for x in range(tiles + WB):
-        if x >= R:
-            # What was in this place: tiles up to x - R have met it, and the state, which comes before the tiles, has
-            # absorbed it once the next one is done.
-            mbarrier.wait(done.index((x - R) % R), ((x - R) // R) & 1)
-            mbarrier.wait(done.index((x - R + 1) % R), ((x - R + 1) // R) & 1)
         place = x % R
+        if x >= R:  # what was in this place: tiles up to x - R have met it
+            mbarrier.wait(done.index(place), ((x - R) // R) & 1)
+            mbarrier.wait(absorbed.index(place), ((x - R) // R) & 1)
         mbarrier.expect(kv_full.index(place), 2 * TOKENS * D * 2)
         load_async(d_k, [n, t0 + (x - WB) * TOKENS, h, 0], kv_full.index(place), s_k.index(place))
         load_async(d_v, [n, t0 + (x - WB) * TOKENS, h, 0], kv_full.index(place), s_v.index(place))
@@ -192,26 +192,78 @@ def load_partition(
                 mbarrier.wait(q_empty.index(which), (turn & 1) ^ 1)
                 mbarrier.expect(q_full.index(which), TOKENS * HEADS * D * 2)
                 load_async(d_q, [n, t0 + i * TOKENS, h, part * HEADS, 0], q_full.index(which), s_q.index(which))
+            if ROPE:
+                if i >= LEAVING:
+                    mbarrier.wait(done.index((i - LEAVING) % R), ((i - LEAVING) // R) & 1)
+                    mbarrier.wait(absorbed.index((i - LEAVING) % R), ((i - LEAVING) // R) & 1)
+                place = i % LEAVING
+                mbarrier.expect(leaving_full.index(place), TOKENS * D * 2)
+                load_async(d_k, [n, t0 + (i - WB) * TOKENS, h, 0], leaving_full.index(place), s_leaving.index(place))
         # Gates are needed later than keys, when their tokens enter the slots.
         if i + 1 >= 0 and i + 1 < tiles:
             if i + 1 >= G:
-                mbarrier.wait(done.index((i + 2 - G) % R), ((i + 2 - G) // R) & 1)
+                mbarrier.wait(absorbed.index((i + 1 - G) % R), ((i + 1 - G) // R) & 1)
             gate = (i + 1) % G
             mbarrier.expect(g_full.index(gate), TOKENS * BM * GATE_BYTES)
             load_async(d_g, [n, t0 + (i + 1 - WB) * TOKENS, h, 0], g_full.index(gate), s_g.index(gate))
 
 
 @gluon.jit
+def rotate(b_x, rope, first, T, REPEAT: gl.constexpr):
+    """Rows of queries or keys [rows, D], REPEAT of them a token from token `first` on, rotated to their positions; a
+    thread holds column c and column c + D / 2 of a row. Rows outside of the sequence are rotated anyhow."""
+    ROWS: gl.constexpr = b_x.shape[0]
+    HALF: gl.constexpr = b_x.shape[1] // 2
+    b_lower, b_upper = gl.split(b_x.reshape([ROWS, 2, HALF]).permute((0, 2, 1)))
+    layout: gl.constexpr = b_lower.type.layout
+    t = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) // REPEAT
+    row = gl.minimum(gl.maximum(t, 0), T - 1).to(gl.int64) * HALF
+    offset = row[:, None] + gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))[None, :]
+    b_cos = gl.load(rope[0] + offset).to(gl.float32)
+    b_sin = gl.load(rope[1] + offset).to(gl.float32)
+    b_lower, b_upper = b_lower.to(gl.float32), b_upper.to(gl.float32)
+    b_x = gl.join(
+        (b_lower * b_cos - b_upper * b_sin).to(gl.bfloat16), (b_upper * b_cos + b_lower * b_sin).to(gl.bfloat16)
+    )
+    return b_x.permute((0, 2, 1)).reshape([ROWS, 2 * HALF])
+
+
+@gluon.constexpr_function
+def halves_layout(columns: int) -> Any:
+    """Of keys [TOKENS, columns] in four warps, as `rotate` wants them: pieces of both halves in each thread."""
+    half = columns // 2
+    bases = [[0, 1 << x] for x in range(half.bit_length() - 1)]  # columns of a half
+    piece = half.bit_length() - 4  # of half / 8 columns
+    return gl.DistributedLinearLayout(
+        reg_bases=[*bases[:piece], [0, half]], lane_bases=[*bases[piece:], [1, 0], [2, 0]], warp_bases=[[4, 0], [8, 0]],
+        block_bases=[], shape=[TOKENS.value, columns],
+    )  # fmt: skip
+
+
+@gluon.jit
+def rotate_block(rope, s_k, kv_full, x, t0, T, D: gl.constexpr, WB: gl.constexpr, R: gl.constexpr):
+    """The keys of block x, in their place in the ring."""
+    mbarrier.wait(kv_full.index(x % R), (x // R) & 1)
+    s_key = s_k.index(x % R).reshape([TOKENS, D])
+    layout: gl.constexpr = halves_layout(D)
+    b_k = rotate(s_key.load(layout), rope, t0 + (x - WB) * TOKENS, T, 1)
+    s_key.store(gl.convert_layout(b_k, layout, assert_trivial=True))
+
+
+@gluon.jit
 def state_partition(
-    p_before, s_k, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_weight, kv_full, g_full, slots_full, done,
-    h, tiles, segment, H,
-    M: gl.constexpr, D: gl.constexpr, R: gl.constexpr, G: gl.constexpr,
+    p_before, rope, s_k, s_v, s_g, s_leaving, s_slot_k, s_slot_v, s_factor, s_decay, s_weight, kv_full, g_full,
+    leaving_full, slots_full, done, absorbed, h, t0, tiles, segment, T, H,
+    M: gl.constexpr, D: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, G: gl.constexpr, LEFT: gl.constexpr,
 ):  # fmt: skip
     """K~ and V~ [BM, D], both times 2^-A. p_before [segments, H, M, 2 D] fp32: at the segment's start; None: zero."""
     acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     gates: gl.constexpr = gl.BlockedLayout([8, 1], [2, 16], [1, 4], [1, 0])  # [TOKENS, BM]
     mbarrier.wait(g_full.index(0), 0)
     b_factor, b_decay, b_weight, b_keep = decays(s_g.index(0).reshape([TOKENS, BM]).load(gates), acc)
+    if rope is not None:
+        for x in gl.static_range(WB + 1):
+            rotate_block(rope, s_k, kv_full, x, t0, T, D, WB, R)
     if p_before is not None:
         wait_for_previous()  # not before: until here nothing depends on it
     row = segment.to(gl.int64) * H + h
@@ -236,14 +288,20 @@ def state_partition(
         following = gl.minimum(i + 1, tiles - 1)
         mbarrier.wait(g_full.index(following % G), (following // G) & 1)
         mbarrier.wait(kv_full.index(place), (i // R) & 1)
+        if rope is not None:
+            mbarrier.wait(leaving_full.index(i % LEFT), (i // LEFT) & 1)
         s_left = s_weight.permute((1, 0))  # [BM, TOKENS]
-        b_k = warpgroup_mma(s_left, s_k.index(place).reshape([TOKENS, D]), b_k, is_async=True)
+        b_k = warpgroup_mma(s_left, s_leaving.index(i % LEFT).reshape([TOKENS, D]), b_k, is_async=True)
         b_v = warpgroup_mma(s_left, s_v.index(place).reshape([TOKENS, D]), b_v, is_async=True)
         # Meanwhile, the next tile's decays.
         b_g = s_g.index(following % G).reshape([TOKENS, BM]).load(gates)  # [TOKENS, BM]
         b_factor, b_decay, b_weight, b_keep = decays(b_g, acc)
+        if rope is not None:
+            if i + 1 < tiles:
+                rotate_block(rope, s_k, kv_full, i + 1 + WB, t0, T, D, WB, R)
         b_k, b_v = warpgroup_mma_wait(0, deps=[b_k, b_v])
         barrier()  # all warps' products are over before s_weight is written anew
+        mbarrier.arrive(absorbed.index(place), count=1)
 
 
 @gluon.jit
@@ -262,10 +320,10 @@ def row_decay(s_decay, rows: gl.constexpr):
 
 @gluon.jit
 def output_partition(
-    d_o, p_lse, s_q, s_k, s_v, s_slot_k, s_slot_v, s_factor, s_decay, s_o, q_full, q_empty, kv_full, slots_full, done,
-    n, h, t0, tiles, T, HQ, scale, which: gl.constexpr,
-    M: gl.constexpr, D: gl.constexpr, NG: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, PARTS: gl.constexpr,
-    MASK_EMPTY: gl.constexpr,
+    d_o, p_lse, rope, s_q, s_k, s_v, s_leaving, s_slot_k, s_slot_v, s_factor, s_decay, s_o, q_full, q_empty, kv_full,
+    leaving_full, slots_full, done, n, h, t0, tiles, T, HQ, scale, which: gl.constexpr,
+    M: gl.constexpr, D: gl.constexpr, NG: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, LEFT: gl.constexpr,
+    PARTS: gl.constexpr, MASK_EMPTY: gl.constexpr,
 ):  # fmt: skip
     """Every other tile, or where a group takes two parts, its own part of every tile."""
     ROWS: gl.constexpr = TOKENS * HEADS
@@ -306,25 +364,39 @@ def output_partition(
             mbarrier.wait(kv_full.index((i + WB - 1) % R), ((i + WB - 1) // R) & 1)
         mbarrier.wait(kv_full.index((i + WB) % R), ((i + WB) // R) & 1)
         mbarrier.wait(slots_full.index(stage), (i // 2) & 1)
+        if rope is not None:
+            mbarrier.wait(leaving_full.index(i % LEFT), (i // LEFT) & 1)
 
         # q . k of block i, q . S, q . k of the other blocks. A left operand in registers is named where its product is
         # waited for: until then the compiler must not give its registers away.
         b_own = warpgroup_mma(
-            b_q, s_k.index(i % R).reshape([TOKENS, D]).permute((1, 0)), b_zero, use_acc=False, is_async=True
+            b_q, s_leaving.index(i % LEFT).reshape([TOKENS, D]).permute((1, 0)), b_zero, use_acc=False, is_async=True
         )  # [ROWS, TOKENS]
         b_slot = gl.zeros([ROWS, BM], gl.float32, slots)  # [ROWS, BM]
         b_slot = warpgroup_mma(b_q, s_slot_k.index(stage).permute((1, 0)), b_slot, use_acc=False, is_async=True)
         b_logit = ()  # [ROWS, TOKENS] each
-        for x in gl.static_range(1, WB + 1):
-            s_key = s_k.index((i + x) % R).reshape([TOKENS, D]).permute((1, 0))
-            b_logit = b_logit + (warpgroup_mma(b_q, s_key, b_zero, use_acc=False, is_async=True),)
-        waited = warpgroup_mma_wait(WB, deps=(b_own, b_slot) + b_logit)
-        b_own = waited[0]
-        b_pair = gl.convert_layout(gl.where(m_upto, b_own, 0.0).to(bf16), left)  # [ROWS, TOKENS]
-        b_slot = warpgroup_mma(b_pair, s_factor.index(stage), waited[1], is_async=True)
-        waited = warpgroup_mma_wait(1, deps=waited[2:] + (b_slot, b_q))
-        b_logit = (gl.where(m_upto, -inf, b_own),) + waited[:WB]
-        b_logit = b_logit[:WB] + (gl.where(m_upto, b_logit[WB], -inf),)
+        if rope is not None:
+            b_own, b_slot, b_q = warpgroup_mma_wait(0, deps=(b_own, b_slot, b_q))
+            b_pair = gl.convert_layout(gl.where(m_upto, b_own, 0.0).to(bf16), left)  # [ROWS, TOKENS]
+            b_slot = warpgroup_mma(b_pair, s_factor.index(stage), b_slot, is_async=True)
+            b_q = gl.convert_layout(rotate(b_q, rope, t0 + i * TOKENS, T, HEADS), left, assert_trivial=True)
+            for x in gl.static_range(WB + 1):
+                s_key = s_k.index((i + x) % R).reshape([TOKENS, D]).permute((1, 0))
+                b_logit = b_logit + (warpgroup_mma(b_q, s_key, b_zero, use_acc=False, is_async=True),)
+            waited = warpgroup_mma_wait(0, deps=b_logit + (b_slot, b_q))
+            b_logit = waited[: WB + 1]
+        else:
+            for x in gl.static_range(1, WB + 1):
+                s_key = s_k.index((i + x) % R).reshape([TOKENS, D]).permute((1, 0))
+                b_logit = b_logit + (warpgroup_mma(b_q, s_key, b_zero, use_acc=False, is_async=True),)
+            waited = warpgroup_mma_wait(WB, deps=(b_own, b_slot) + b_logit)
+            b_own = waited[0]
+            b_pair = gl.convert_layout(gl.where(m_upto, b_own, 0.0).to(bf16), left)  # [ROWS, TOKENS]
+            b_slot = warpgroup_mma(b_pair, s_factor.index(stage), waited[1], is_async=True)
+            waited = warpgroup_mma_wait(1, deps=waited[2:] + (b_slot, b_q))
+            b_logit = (b_own,) + waited[:WB]
+        b_slot = waited[len(waited) - 2]
+        b_logit = (gl.where(m_upto, -inf, b_logit[0]),) + b_logit[1:WB] + (gl.where(m_upto, b_logit[WB], -inf),)
 
         # One softmax. A block before the sequence holds zeros. The sum leaves it out; the maximum may take it in, as
         # long as the slots, which are empty then, take part with a logit of 0 themselves.
@@ -338,7 +410,7 @@ def output_partition(
             b_most = gl.maximum(b_most, b_logit[x])
         b_max = gl.convert_layout(gl.max(b_most, 1), of_slots)  # [ROWS]
         b_decay = row_decay(s_decay.index(stage), slots)  # [ROWS, BM]
-        b_slot = warpgroup_mma_wait(0, deps=(waited[WB], b_pair))[0] * b_decay
+        b_slot = warpgroup_mma_wait(0, deps=(b_slot, b_pair))[0] * b_decay
         # Not before a product has taken q in: a barrier does not wait for loads from shared memory that are under way,
         # and the next q would overtake them.
         barrier()
@@ -391,12 +463,13 @@ def output_partition(
 
 @gluon.jit(do_not_specialize=["T", "tiles", "segments"])
 def resident_kernel(
-    d_q, d_k, d_v, d_g, d_o, p_before, p_lse, T, tiles, segments, scale,
+    d_q, d_k, d_v, d_g, d_o, p_before, p_lse, rope, T, tiles, segments, scale,
     HQ: gl.constexpr, H: gl.constexpr, D: gl.constexpr, M: gl.constexpr, WB: gl.constexpr, R: gl.constexpr,
     G: gl.constexpr, MASK_EMPTY: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One segment of `tiles` tiles and one kv head. d_q, d_o: [N, T, H, NG, D]; d_k, d_v: [N, T, H, D];
-    d_g: [N, T, H, M]; p_before [N * segments, H, M, 2 D] fp32 or None; p_lse [N, T, HQ] fp32 or None."""
+    d_g: [N, T, H, M]; p_before [N * segments, H, M, 2 D] fp32 or None; p_lse [N, T, HQ] fp32 or None; rope: (cos, sin)
+    [P, D/2] or None."""
     NG: gl.constexpr = HQ // H
     PARTS: gl.constexpr = (NG + HEADS - 1) // HEADS
     h = gl.program_id(0) % H
@@ -424,26 +497,37 @@ def resident_kernel(
     kv_full = barriers(R, 1)
     g_full = barriers(G, 1)
     done = barriers(R, PARTS)
+    absorbed = barriers(R, 1)
+    ROPE: gl.constexpr = rope is not None
+    LEFT: gl.constexpr = LEAVING if ROPE else R
+    if ROPE:
+        s_leaving = gl.allocate_shared_memory(bf16, [LEAVING, 1, TOKENS, 1, D], tile_layout(4))
+        leaving_full = barriers(LEAVING, 1)
+    else:
+        s_leaving = s_k
+        leaving_full = kv_full
     fence_async_shared()
     barrier()
     # Written out, since in a variable the sizes would no longer be constants.
     gl.warp_specialize(
         [
             (state_partition, (
-                p_before, s_k, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_weight, kv_full, g_full, slots_full,
-                done, h, tiles, segment, H, M, D, R, G,
+                p_before, rope, s_k, s_v, s_g, s_leaving, s_slot_k, s_slot_v, s_factor, s_decay, s_weight, kv_full,
+                g_full, leaving_full, slots_full, done, absorbed, h, t0, tiles, segment, T, H, M, D, WB, R, G, LEFT,
             )),
             (output_partition, (
-                d_o, p_lse, s_q, s_k, s_v, s_slot_k, s_slot_v, s_factor, s_decay, s_o, q_full, q_empty, kv_full,
-                slots_full, done, n, h, t0, tiles, T, HQ, scale, 0, M, D, NG, WB, R, PARTS, MASK_EMPTY,
+                d_o, p_lse, rope, s_q, s_k, s_v, s_leaving, s_slot_k, s_slot_v, s_factor, s_decay, s_o, q_full,
+                q_empty, kv_full, leaving_full, slots_full, done, n, h, t0, tiles, T, HQ, scale, 0, M, D, NG, WB, R,
+                LEFT, PARTS, MASK_EMPTY,
             )),
             (output_partition, (
-                d_o, p_lse, s_q, s_k, s_v, s_slot_k, s_slot_v, s_factor, s_decay, s_o, q_full, q_empty, kv_full,
-                slots_full, done, n, h, t0, tiles, T, HQ, scale, 1, M, D, NG, WB, R, PARTS, MASK_EMPTY,
+                d_o, p_lse, rope, s_q, s_k, s_v, s_leaving, s_slot_k, s_slot_v, s_factor, s_decay, s_o, q_full,
+                q_empty, kv_full, leaving_full, slots_full, done, n, h, t0, tiles, T, HQ, scale, 1, M, D, NG, WB, R,
+                LEFT, PARTS, MASK_EMPTY,
             )),
             (load_partition, (
-                d_q, d_k, d_v, d_g, s_q, s_k, s_v, s_g, q_full, q_empty, kv_full, g_full, done, n, h, t0, tiles,
-                D, WB, R, G, PARTS,
+                d_q, d_k, d_v, d_g, s_q, s_k, s_v, s_g, s_leaving, q_full, q_empty, kv_full, g_full, leaving_full,
+                done, absorbed, n, h, t0, tiles, D, WB, R, G, PARTS, ROPE,
             )),
         ],
         [4, 4, 1],
@@ -453,7 +537,7 @@ def resident_kernel(
 
 def resident_launch(
     problem: Problem, config: ResidentConfig, q: Tensor, k: Tensor, v: Tensor, g: Tensor, o: Tensor,
-    shared: dict[str, Any],
+    rope: tuple[Tensor, Tensor] | None, shared: dict[str, Any],
 ) -> Launch:  # fmt: skip
     """The launch that fills o; `shared`: the arguments that all of them take alike."""
     batch, tokens, heads, group, dim = problem.batch, problem.tokens, problem.kv_heads, problem.group, problem.head_dim
@@ -461,12 +545,16 @@ def resident_launch(
     def by_group(x: Tensor) -> Tensor:
         return x.view(batch, tokens, heads, group, dim)
 
+    # What shared memory has room for.
+    if rope is None:
+        ring, gates = RING.value, 8 if g.element_size() == 2 else 5
+    else:
+        ring, gates = RING.value if g.element_size() == 2 else RING.value - 1, 4
     box, key_box = [1, TOKENS.value, 1, HEADS.value, dim], [1, TOKENS.value, 1, dim]
     arguments = dict(
         shared, d_q=descriptor(by_group(q), box), d_k=descriptor(k, key_box), d_v=descriptor(v, key_box),
         d_g=descriptor(g, [1, TOKENS.value, 1, BM.value]), d_o=descriptor(by_group(o), box), tiles=config.tiles,
-        HQ=problem.q_heads, WB=problem.window // TOKENS.value, R=RING.value,
-        G=8 if g.element_size() == 2 else 5,  # what shared memory has room for
+        HQ=problem.q_heads, WB=problem.window // TOKENS.value, R=ring, G=gates, rope=rope,
     )  # fmt: skip
     return Launch(resident_kernel, (batch * shared["segments"] * heads,), arguments, {"num_warps": 4})
 
@@ -492,7 +580,8 @@ def resident_launches(
         p_before=before, p_lse=lse, T=tokens, segments=-(-tokens // config.tokens), scale=float(inputs.scale), H=heads,
         D=dim, M=problem.slots, MASK_EMPTY=problem.mask_empty_slots, REGISTERS=config.registers,
     )  # fmt: skip
-    launch = last(problem, config, q, k, v, g, o, shared)
+    rope = None if inputs.rope is None else (inputs.rope[0].contiguous(), inputs.rope[1].contiguous())
+    launch = last(problem, config, q, k, v, g, o, rope, shared)
     if launches:
         launch = replace(launch, options={**launch.options, **EARLY})
     return [*launches, launch], o, lse, final

@@ -82,6 +82,7 @@ def why_not_single(problem: Problem) -> str | None:
         (problem.head_dim == problem.value_dim and problem.head_dim in PROGRAMS, "takes D = Dv = 64, 128 or 256"),
         (problem.group == 1, "takes one query head a kv head"),
         (16 <= problem.window <= 64, "takes W of 16 to 64"),
+        (problem.positions == "none", "takes no rotary embedding"),
         # Shared memory has no room for wider ones.
         (problem.head_dim < 256 or problem.gate_dtype.itemsize == 2, "takes gates of 16 bits with heads of 256"),
     )
@@ -511,7 +512,7 @@ def single_kernel(
 
 def single_launch(
     problem: Problem, config: ResidentConfig, q: Tensor, k: Tensor, v: Tensor, g: Tensor, o: Tensor,
-    shared: dict[str, Any],
+    rope: tuple[Tensor, Tensor] | None, shared: dict[str, Any],
 ) -> Launch:  # fmt: skip
     """As `resident_launch`."""
     dim, programs = problem.head_dim, PROGRAMS[problem.head_dim]
