@@ -5,6 +5,8 @@ A program takes one segment and one kv head. Its warps divide the work; mbarrier
 
     load     k and v of 16 tokens at a time, into a ring of R blocks, gates into one of G, and q of a tile, by the copy
              engine
+    rotate   with a rotary embedding, the keys of each block in their place; those of the 16 tokens that leave the
+             window, which must be as they were, are loaded again, into a ring of LEAVING blocks
     state    holds K~ and V~ in fp32 registers. For every tile it publishes them in bf16, with the tile's decays, and
              then absorbs the 16 tokens that leave the window
     output   two partitions: a tile's logits against slots and window, one softmax, the values, o
@@ -19,8 +21,9 @@ slot by slot, and the values likewise from the other side. 2^(c_t + A) goes with
 and S: with the steps cut off at 2^-13 (`STRONGEST`) the anchor A keeps each of them within bf16's exponents. It is
 lower than that of `primitives`, since S is kept in bf16 with it.
 
-Sizes as in `primitives`, but R: blocks of the ring of keys and values. G: blocks of the ring of gates. WB: blocks of
-the window before a tile. PARTS: of a group, HEADS query heads each. BM: slots of a block, those beyond M masked.
+Sizes as in `primitives`, but R: blocks of the ring of keys and values. G: blocks of the ring of gates. L: blocks of
+the ring of keys that leave the window. WB: blocks of the window before a tile. PARTS: of a group, HEADS query heads
+each. BM: slots of a block, those beyond M masked.
 """
 
 from __future__ import annotations
@@ -50,6 +53,7 @@ from .hopper import (
     warpgroup_mma_wait,
 )
 from .primitives import EARLY, LOG2E, STRONGEST, Launch, wait_for_previous
+from .rotary import load_angles, query_angles, rotate, rotate_keys
 from .segment_ends import BM, ends_launches, load_slots, strength
 
 ANCHOR = gl.constexpr(96.0)
@@ -59,7 +63,6 @@ PROGRAMS = {64: 1, 128: 1, 256: 2}  # that share the columns of the values, by h
 # exp() of it is 0 in fp32. It stands for all that is lower: sums with -inf would turn into NaN, and large ones, which
 # are subtracted here, lose what is small.
 ERASED = gl.constexpr(-110.0)
-RING = gl.constexpr(8)  # R: WB + 2 at the least, and as many as G less one, or a wait could miss its turn
 LEAVING = gl.constexpr(3)
 
 
@@ -71,7 +74,10 @@ class ResidentConfig:
     partition; the state's get what is left.
     """
 
-    REGISTERS: ClassVar[Mapping[int, int]] = {64: 184, 128: 152}  # by head size
+    # By head size, and where there is a rotary embedding. Measured.
+    REGISTERS: ClassVar[Mapping[tuple[int, bool], int]] = {
+        (64, False): 184, (128, False): 152, (64, True): 176, (128, True): 152,
+    }  # fmt: skip
 
     tiles: int
     registers: int = 152
@@ -106,7 +112,7 @@ class ResidentConfig:
 
         whole = segment(0)
         tiles = min((whole, *(segment(waves) for waves in range(1, 9))), key=cost)
-        return cls(tiles, cls.REGISTERS[problem.head_dim])
+        return cls(tiles, cls.REGISTERS[problem.head_dim, problem.positions == "rope"])
 
 
 def first_reason(problem: Problem, *limits: tuple[bool, str]) -> str | None:
@@ -209,61 +215,30 @@ def load_partition(
 
 
 @gluon.jit
-def rotate(b_x, rope, first, T, REPEAT: gl.constexpr):
-    """Rows of queries or keys [rows, D], REPEAT of them a token from token `first` on, rotated to their positions; a
-    thread holds column c and column c + D / 2 of a row. Rows outside of the sequence are rotated anyhow."""
-    ROWS: gl.constexpr = b_x.shape[0]
-    HALF: gl.constexpr = b_x.shape[1] // 2
-    b_lower, b_upper = gl.split(b_x.reshape([ROWS, 2, HALF]).permute((0, 2, 1)))
-    layout: gl.constexpr = b_lower.type.layout
-    t = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) // REPEAT
-    row = gl.minimum(gl.maximum(t, 0), T - 1).to(gl.int64) * HALF
-    offset = row[:, None] + gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))[None, :]
-    b_cos = gl.load(rope[0] + offset).to(gl.float32)
-    b_sin = gl.load(rope[1] + offset).to(gl.float32)
-    b_lower, b_upper = b_lower.to(gl.float32), b_upper.to(gl.float32)
-    b_x = gl.join(
-        (b_lower * b_cos - b_upper * b_sin).to(gl.bfloat16), (b_upper * b_cos + b_lower * b_sin).to(gl.bfloat16)
-    )
-    return b_x.permute((0, 2, 1)).reshape([ROWS, 2 * HALF])
-
-
-@gluon.constexpr_function
-def halves_layout(columns: int) -> Any:
-    """Of keys [TOKENS, columns] in four warps, as `rotate` wants them: pieces of both halves in each thread."""
-    half = columns // 2
-    bases = [[0, 1 << x] for x in range(half.bit_length() - 1)]  # columns of a half
-    piece = half.bit_length() - 4  # of half / 8 columns
-    return gl.DistributedLinearLayout(
-        reg_bases=[*bases[:piece], [0, half]], lane_bases=[*bases[piece:], [1, 0], [2, 0]], warp_bases=[[4, 0], [8, 0]],
-        block_bases=[], shape=[TOKENS.value, columns],
-    )  # fmt: skip
-
-
-@gluon.jit
-def rotate_block(rope, s_k, kv_full, x, t0, T, D: gl.constexpr, WB: gl.constexpr, R: gl.constexpr):
-    """The keys of block x, in their place in the ring."""
-    mbarrier.wait(kv_full.index(x % R), (x // R) & 1)
-    s_key = s_k.index(x % R).reshape([TOKENS, D])
-    layout: gl.constexpr = halves_layout(D)
-    b_k = rotate(s_key.load(layout), rope, t0 + (x - WB) * TOKENS, T, 1)
-    s_key.store(gl.convert_layout(b_k, layout, assert_trivial=True))
+def rotate_partition(
+    rope, s_k, kv_full, keys_full, t0, tiles, T, D: gl.constexpr, WB: gl.constexpr, R: gl.constexpr
+):  # fmt: skip
+    """The keys of every block, as soon as they are there. Without an embedding there is nothing to do."""
+    if rope is not None:
+        for x in range(tiles + WB):
+            mbarrier.wait(kv_full.index(x % R), (x // R) & 1)
+            rotate_keys(rope, s_k.index(x % R).reshape([TOKENS, D]), t0 + (x - WB) * TOKENS, T, TOKENS, D)
+            fence_async_shared()
+            barrier()
+            mbarrier.arrive(keys_full.index(x % R), count=1)
 
 
 @gluon.jit
 def state_partition(
-    p_before, rope, s_k, s_v, s_g, s_leaving, s_slot_k, s_slot_v, s_factor, s_decay, s_weight, kv_full, g_full,
-    leaving_full, slots_full, done, absorbed, h, t0, tiles, segment, T, H,
-    M: gl.constexpr, D: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, G: gl.constexpr, LEFT: gl.constexpr,
+    p_before, s_leaving, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_weight, kv_full, g_full, leaving_full,
+    slots_full, done, absorbed, h, tiles, segment, H,
+    M: gl.constexpr, D: gl.constexpr, R: gl.constexpr, G: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
     """K~ and V~ [BM, D], both times 2^-A. p_before [segments, H, M, 2 D] fp32: at the segment's start; None: zero."""
     acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     gates: gl.constexpr = gl.BlockedLayout([8, 1], [2, 16], [1, 4], [1, 0])  # [TOKENS, BM]
     mbarrier.wait(g_full.index(0), 0)
     b_factor, b_decay, b_weight, b_keep = decays(s_g.index(0).reshape([TOKENS, BM]).load(gates), acc)
-    if rope is not None:
-        for x in gl.static_range(WB + 1):
-            rotate_block(rope, s_k, kv_full, x, t0, T, D, WB, R)
     if p_before is not None:
         wait_for_previous()  # not before: until here nothing depends on it
     row = segment.to(gl.int64) * H + h
@@ -288,17 +263,14 @@ def state_partition(
         following = gl.minimum(i + 1, tiles - 1)
         mbarrier.wait(g_full.index(following % G), (following // G) & 1)
         mbarrier.wait(kv_full.index(place), (i // R) & 1)
-        if rope is not None:
-            mbarrier.wait(leaving_full.index(i % LEFT), (i // LEFT) & 1)
+        if L < R:
+            mbarrier.wait(leaving_full.index(i % L), (i // L) & 1)
         s_left = s_weight.permute((1, 0))  # [BM, TOKENS]
-        b_k = warpgroup_mma(s_left, s_leaving.index(i % LEFT).reshape([TOKENS, D]), b_k, is_async=True)
+        b_k = warpgroup_mma(s_left, s_leaving.index(i % L).reshape([TOKENS, D]), b_k, is_async=True)
         b_v = warpgroup_mma(s_left, s_v.index(place).reshape([TOKENS, D]), b_v, is_async=True)
         # Meanwhile, the next tile's decays.
         b_g = s_g.index(following % G).reshape([TOKENS, BM]).load(gates)  # [TOKENS, BM]
         b_factor, b_decay, b_weight, b_keep = decays(b_g, acc)
-        if rope is not None:
-            if i + 1 < tiles:
-                rotate_block(rope, s_k, kv_full, i + 1 + WB, t0, T, D, WB, R)
         b_k, b_v = warpgroup_mma_wait(0, deps=[b_k, b_v])
         barrier()  # all warps' products are over before s_weight is written anew
         mbarrier.arrive(absorbed.index(place), count=1)
@@ -320,9 +292,9 @@ def row_decay(s_decay, rows: gl.constexpr):
 
 @gluon.jit
 def output_partition(
-    d_o, p_lse, rope, s_q, s_k, s_v, s_leaving, s_slot_k, s_slot_v, s_factor, s_decay, s_o, q_full, q_empty, kv_full,
+    d_o, p_lse, rope, s_q, s_k, s_v, s_leaving, s_slot_k, s_slot_v, s_factor, s_decay, s_o, q_full, q_empty, keys_full,
     leaving_full, slots_full, done, n, h, t0, tiles, T, HQ, scale, which: gl.constexpr,
-    M: gl.constexpr, D: gl.constexpr, NG: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, LEFT: gl.constexpr,
+    M: gl.constexpr, D: gl.constexpr, NG: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, L: gl.constexpr,
     PARTS: gl.constexpr, MASK_EMPTY: gl.constexpr,
 ):  # fmt: skip
     """Every other tile, or where a group takes two parts, its own part of every tile."""
@@ -345,7 +317,7 @@ def output_partition(
     part: gl.constexpr = 0 if PARTS == 1 else which
     early: gl.constexpr = which + WB - 1 if PARTS == 1 else WB  # blocks that are not waited for in a turn
     for x in gl.static_range(early):
-        mbarrier.wait(kv_full.index(x), 0)
+        mbarrier.wait(keys_full.index(x), 0)
     if PARTS == 1:
         turns = (tiles + 1 - which) // 2
     else:
@@ -360,32 +332,24 @@ def output_partition(
         first = t0 + (i - WB) * TOKENS  # token of block i
         mbarrier.wait(q_full.index(which), turn & 1)
         b_q = s_q.index(which).reshape([ROWS, D]).load(left)
+        if rope is not None:
+            b_cos, b_sin = load_angles(rope, t0 + i * TOKENS, T, HEADS, query_angles(ROWS, D // 2))
+            b_window = rotate(b_q, b_cos, b_sin)
+            mbarrier.wait(leaving_full.index(i % L), (i // L) & 1)
         if PARTS == 1:
-            mbarrier.wait(kv_full.index((i + WB - 1) % R), ((i + WB - 1) // R) & 1)
-        mbarrier.wait(kv_full.index((i + WB) % R), ((i + WB) // R) & 1)
+            mbarrier.wait(keys_full.index((i + WB - 1) % R), ((i + WB - 1) // R) & 1)
+        mbarrier.wait(keys_full.index((i + WB) % R), ((i + WB) // R) & 1)
         mbarrier.wait(slots_full.index(stage), (i // 2) & 1)
-        if rope is not None:
-            mbarrier.wait(leaving_full.index(i % LEFT), (i // LEFT) & 1)
 
-        # q . k of block i, q . S, q . k of the other blocks. A left operand in registers is named where its product is
-        # waited for: until then the compiler must not give its registers away.
-        b_own = warpgroup_mma(
-            b_q, s_leaving.index(i % LEFT).reshape([TOKENS, D]).permute((1, 0)), b_zero, use_acc=False, is_async=True
-        )  # [ROWS, TOKENS]
+        # A left operand in registers is named where its product is waited for: until then the compiler must not give
+        # its registers away.
+        s_own = s_leaving.index(i % L).reshape([TOKENS, D]).permute((1, 0))
+        s_slots = s_slot_k.index(stage).permute((1, 0))
         b_slot = gl.zeros([ROWS, BM], gl.float32, slots)  # [ROWS, BM]
-        b_slot = warpgroup_mma(b_q, s_slot_k.index(stage).permute((1, 0)), b_slot, use_acc=False, is_async=True)
         b_logit = ()  # [ROWS, TOKENS] each
-        if rope is not None:
-            b_own, b_slot, b_q = warpgroup_mma_wait(0, deps=(b_own, b_slot, b_q))
-            b_pair = gl.convert_layout(gl.where(m_upto, b_own, 0.0).to(bf16), left)  # [ROWS, TOKENS]
-            b_slot = warpgroup_mma(b_pair, s_factor.index(stage), b_slot, is_async=True)
-            b_q = gl.convert_layout(rotate(b_q, rope, t0 + i * TOKENS, T, HEADS), left, assert_trivial=True)
-            for x in gl.static_range(WB + 1):
-                s_key = s_k.index((i + x) % R).reshape([TOKENS, D]).permute((1, 0))
-                b_logit = b_logit + (warpgroup_mma(b_q, s_key, b_zero, use_acc=False, is_async=True),)
-            waited = warpgroup_mma_wait(0, deps=b_logit + (b_slot, b_q))
-            b_logit = waited[: WB + 1]
-        else:
+        if rope is None:  # q . k of block i, q . S, q . k of the other blocks
+            b_own = warpgroup_mma(b_q, s_own, b_zero, use_acc=False, is_async=True)  # [ROWS, TOKENS]
+            b_slot = warpgroup_mma(b_q, s_slots, b_slot, use_acc=False, is_async=True)
             for x in gl.static_range(1, WB + 1):
                 s_key = s_k.index((i + x) % R).reshape([TOKENS, D]).permute((1, 0))
                 b_logit = b_logit + (warpgroup_mma(b_q, s_key, b_zero, use_acc=False, is_async=True),)
@@ -395,7 +359,19 @@ def output_partition(
             b_slot = warpgroup_mma(b_pair, s_factor.index(stage), waited[1], is_async=True)
             waited = warpgroup_mma_wait(1, deps=waited[2:] + (b_slot, b_q))
             b_logit = (b_own,) + waited[:WB]
-        b_slot = waited[len(waited) - 2]
+            b_slot, b_q = waited[WB:]
+        else:  # for the window block i is another one; the slots come last, since registers hold q only once
+            for x in gl.static_range(WB + 1):
+                s_key = s_k.index((i + x) % R).reshape([TOKENS, D]).permute((1, 0))
+                b_logit = b_logit + (warpgroup_mma(b_window, s_key, b_zero, use_acc=False, is_async=True),)
+            b_own = warpgroup_mma(b_q, s_own, b_zero, use_acc=False, is_async=True)
+            waited = warpgroup_mma_wait(1, deps=b_logit + (b_own, b_q, b_window))
+            b_logit = waited[: WB + 1]
+            b_own, b_q = waited[WB + 1 : WB + 3]
+            b_slot = warpgroup_mma(b_q, s_slots, b_slot, use_acc=False, is_async=True)
+            b_own, b_slot = warpgroup_mma_wait(1, deps=(b_own, b_slot))
+            b_pair = gl.convert_layout(gl.where(m_upto, b_own, 0.0).to(bf16), left)
+            b_slot = warpgroup_mma(b_pair, s_factor.index(stage), b_slot, is_async=True)
         b_logit = (gl.where(m_upto, -inf, b_logit[0]),) + b_logit[1:WB] + (gl.where(m_upto, b_logit[WB], -inf),)
 
         # One softmax. A block before the sequence holds zeros. The sum leaves it out; the maximum may take it in, as
@@ -410,7 +386,7 @@ def output_partition(
             b_most = gl.maximum(b_most, b_logit[x])
         b_max = gl.convert_layout(gl.max(b_most, 1), of_slots)  # [ROWS]
         b_decay = row_decay(s_decay.index(stage), slots)  # [ROWS, BM]
-        b_slot = warpgroup_mma_wait(0, deps=(b_slot, b_pair))[0] * b_decay
+        b_slot = warpgroup_mma_wait(0, deps=(b_slot, b_pair, b_q))[0] * b_decay
         # Not before a product has taken q in: a barrier does not wait for loads from shared memory that are under way,
         # and the next q would overtake them.
         barrier()
@@ -499,45 +475,48 @@ def resident_kernel(
     done = barriers(R, PARTS)
     absorbed = barriers(R, 1)
     ROPE: gl.constexpr = rope is not None
-    LEFT: gl.constexpr = LEAVING if ROPE else R
+    # Without an embedding, the keys that leave the window are those in it.
+    L: gl.constexpr = LEAVING if ROPE else R
+    s_leaving = s_k
+    leaving_full = kv_full
+    keys_full = kv_full
     if ROPE:
-        s_leaving = gl.allocate_shared_memory(bf16, [LEAVING, 1, TOKENS, 1, D], tile_layout(4))
-        leaving_full = barriers(LEAVING, 1)
-    else:
-        s_leaving = s_k
-        leaving_full = kv_full
+        s_leaving = gl.allocate_shared_memory(bf16, [L, 1, TOKENS, 1, D], tile_layout(4))
+        leaving_full = barriers(L, 1)
+        keys_full = barriers(R, 1)
+    HELPER: gl.constexpr = 40 if ROPE else 24  # registers of a thread that loads or rotates
     fence_async_shared()
     barrier()
     # Written out, since in a variable the sizes would no longer be constants.
     gl.warp_specialize(
         [
             (state_partition, (
-                p_before, rope, s_k, s_v, s_g, s_leaving, s_slot_k, s_slot_v, s_factor, s_decay, s_weight, kv_full,
-                g_full, leaving_full, slots_full, done, absorbed, h, t0, tiles, segment, T, H, M, D, WB, R, G, LEFT,
+                p_before, s_leaving, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_weight, kv_full, g_full,
+                leaving_full, slots_full, done, absorbed, h, tiles, segment, H, M, D, R, G, L,
             )),
             (output_partition, (
                 d_o, p_lse, rope, s_q, s_k, s_v, s_leaving, s_slot_k, s_slot_v, s_factor, s_decay, s_o, q_full,
-                q_empty, kv_full, leaving_full, slots_full, done, n, h, t0, tiles, T, HQ, scale, 0, M, D, NG, WB, R,
-                LEFT, PARTS, MASK_EMPTY,
+                q_empty, keys_full, leaving_full, slots_full, done, n, h, t0, tiles, T, HQ, scale, 0, M, D, NG, WB, R,
+                L, PARTS, MASK_EMPTY,
             )),
             (output_partition, (
                 d_o, p_lse, rope, s_q, s_k, s_v, s_leaving, s_slot_k, s_slot_v, s_factor, s_decay, s_o, q_full,
-                q_empty, kv_full, leaving_full, slots_full, done, n, h, t0, tiles, T, HQ, scale, 1, M, D, NG, WB, R,
-                LEFT, PARTS, MASK_EMPTY,
+                q_empty, keys_full, leaving_full, slots_full, done, n, h, t0, tiles, T, HQ, scale, 1, M, D, NG, WB, R,
+                L, PARTS, MASK_EMPTY,
             )),
             (load_partition, (
                 d_q, d_k, d_v, d_g, s_q, s_k, s_v, s_g, s_leaving, q_full, q_empty, kv_full, g_full, leaving_full,
                 done, absorbed, n, h, t0, tiles, D, WB, R, G, PARTS, ROPE,
             )),
+            (rotate_partition, (rope, s_k, kv_full, keys_full, t0, tiles, T, D, WB, R)),
         ],
-        [4, 4, 1],
-        [REGISTERS, REGISTERS, 24],
+        [4, 4, 1, 2],
+        [REGISTERS, REGISTERS, HELPER, HELPER],
     )  # fmt: skip
 
 
 def resident_launch(
-    problem: Problem, config: ResidentConfig, q: Tensor, k: Tensor, v: Tensor, g: Tensor, o: Tensor,
-    rope: tuple[Tensor, Tensor] | None, shared: dict[str, Any],
+    problem: Problem, config: ResidentConfig, inputs: Inputs, o: Tensor, shared: dict[str, Any]
 ) -> Launch:  # fmt: skip
     """The launch that fills o; `shared`: the arguments that all of them take alike."""
     batch, tokens, heads, group, dim = problem.batch, problem.tokens, problem.kv_heads, problem.group, problem.head_dim
@@ -545,16 +524,15 @@ def resident_launch(
     def by_group(x: Tensor) -> Tensor:
         return x.view(batch, tokens, heads, group, dim)
 
-    # What shared memory has room for.
-    if rope is None:
-        ring, gates = RING.value, 8 if g.element_size() == 2 else 5
-    else:
-        ring, gates = RING.value if g.element_size() == 2 else RING.value - 1, 4
+    # What shared memory has room for. Of R, at least WB + 2, and G less one, or a wait could miss its turn.
+    wide = inputs.g.element_size() == 4
+    ring, gates = (8, 5 if wide else 8) if inputs.rope is None else (7 if wide else 8, 4)
     box, key_box = [1, TOKENS.value, 1, HEADS.value, dim], [1, TOKENS.value, 1, dim]
     arguments = dict(
-        shared, d_q=descriptor(by_group(q), box), d_k=descriptor(k, key_box), d_v=descriptor(v, key_box),
-        d_g=descriptor(g, [1, TOKENS.value, 1, BM.value]), d_o=descriptor(by_group(o), box), tiles=config.tiles,
-        HQ=problem.q_heads, WB=problem.window // TOKENS.value, R=ring, G=gates, rope=rope,
+        shared, d_q=descriptor(by_group(inputs.q), box), d_k=descriptor(inputs.k, key_box),
+        d_v=descriptor(inputs.v, key_box), d_g=descriptor(inputs.g, [1, TOKENS.value, 1, BM.value]),
+        d_o=descriptor(by_group(o), box), rope=inputs.rope, tiles=config.tiles, HQ=problem.q_heads,
+        WB=problem.window // TOKENS.value, R=ring, G=gates,
     )  # fmt: skip
     return Launch(resident_kernel, (batch * shared["segments"] * heads,), arguments, {"num_warps": 4})
 
@@ -567,6 +545,8 @@ def resident_launches(
     batch, tokens, heads, dim = problem.batch, problem.tokens, problem.kv_heads, problem.head_dim
     device = inputs.q.device
     q, k, v, g = (aligned(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g))
+    rope = None if inputs.rope is None else (inputs.rope[0].contiguous(), inputs.rope[1].contiguous())
+    inputs = replace(inputs, q=q, k=k, v=v, g=g, rope=rope)
 
     final = None
     if problem.output_final_state:
@@ -580,8 +560,7 @@ def resident_launches(
         p_before=before, p_lse=lse, T=tokens, segments=-(-tokens // config.tokens), scale=float(inputs.scale), H=heads,
         D=dim, M=problem.slots, MASK_EMPTY=problem.mask_empty_slots, REGISTERS=config.registers,
     )  # fmt: skip
-    rope = None if inputs.rope is None else (inputs.rope[0].contiguous(), inputs.rope[1].contiguous())
-    launch = last(problem, config, q, k, v, g, o, rope, shared)
+    launch = last(problem, config, inputs, o, shared)
     if launches:
         launch = replace(launch, options={**launch.options, **EARLY})
     return [*launches, launch], o, lse, final

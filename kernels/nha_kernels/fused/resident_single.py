@@ -42,7 +42,7 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
-from ..problem import Problem
+from ..problem import Inputs, Problem
 from .hopper import (
     barrier,
     barriers,
@@ -72,7 +72,7 @@ RING = {64: 4, 128: 3, 256: 2}  # R by head size: what shared memory has room fo
 class SingleConfig(ResidentConfig):
     """The same of this kernel."""
 
-    REGISTERS: ClassVar[Mapping[int, int]] = {64: 184, 128: 168, 256: 152}
+    REGISTERS: ClassVar[Mapping[tuple[int, bool], int]] = {(64, False): 184, (128, False): 168, (256, False): 152}
 
 
 def why_not_single(problem: Problem) -> str | None:
@@ -511,16 +511,15 @@ def single_kernel(
 
 
 def single_launch(
-    problem: Problem, config: ResidentConfig, q: Tensor, k: Tensor, v: Tensor, g: Tensor, o: Tensor,
-    rope: tuple[Tensor, Tensor] | None, shared: dict[str, Any],
+    problem: Problem, config: ResidentConfig, inputs: Inputs, o: Tensor, shared: dict[str, Any]
 ) -> Launch:  # fmt: skip
     """As `resident_launch`."""
     dim, programs = problem.head_dim, PROGRAMS[problem.head_dim]
     columns = dim // programs
     tokens = TOKENS.value
     arguments = dict(
-        shared, d_q=descriptor(q, [1, tokens, 1, dim]), d_k=descriptor(k, [1, tokens, 1, dim]),
-        d_v=descriptor(v, [1, tokens, 1, columns]), d_g=descriptor(g, [1, tokens, 1, BM.value]), p_o=o,
+        shared, d_q=descriptor(inputs.q, [1, tokens, 1, dim]), d_k=descriptor(inputs.k, [1, tokens, 1, dim]),
+        d_v=descriptor(inputs.v, [1, tokens, 1, columns]), d_g=descriptor(inputs.g, [1, tokens, 1, BM.value]), p_o=o,
         tiles=config.tokens // tokens, DV=columns, W=problem.window,
         NEXT=next(x for x in (16, 32, 64) if x >= problem.window), R=RING[dim],
     )  # fmt: skip

@@ -1,0 +1,83 @@
+"""Rotary embedding in kernels for Hopper: queries in registers, keys where they lie in shared memory.
+
+A thread has columns c and c + D/2 of the same row, so that nothing moves between threads.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from .hopper import gl, gluon
+
+
+@gluon.constexpr_function
+def query_angles(rows: int, half: int) -> Any:
+    """Layout of the angles [rows, half] of queries, for four warps: each thread has those of its elements of a left
+    operand of wgmma."""
+    further = [[0, 16 << x] for x in range((half // 16).bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=[[0, 1], [8, 0], [0, 8], *further], lane_bases=[[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]],
+        warp_bases=[[16, 0], [32, 0]], block_bases=[], shape=[rows, half],
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def key_angles(rows: int, half: int) -> Any:
+    """Layout of the angles [rows, half] of 8 keys, for two warps."""
+    columns = [[0, 1 << x] for x in range(half.bit_length() - 1)]
+    return gl.DistributedLinearLayout(
+        reg_bases=columns[:-3], lane_bases=[*columns[-3:], [1, 0], [2, 0]], warp_bases=[[4, 0]], block_bases=[],
+        shape=[rows, half],
+    )  # fmt: skip
+
+
+@gluon.constexpr_function
+def both_halves(angles: Any) -> Any:
+    """Layout of what is rotated by angles of that layout."""
+    rows, half = angles.shape
+    return gl.DistributedLinearLayout(
+        reg_bases=[*angles.reg_bases, [0, half]], lane_bases=angles.lane_bases, warp_bases=angles.warp_bases,
+        block_bases=[], shape=[rows, 2 * half],
+    )  # fmt: skip
+
+
+@gluon.jit
+def load_angles(rope, first, T, HEADS: gl.constexpr, layout: gl.constexpr):
+    """cos and sin [rows, D/2] of the tokens from `first` on, HEADS rows each; outside of a sequence, of its ends.
+
+    rope: the tables [P, D/2], P >= T.
+    """
+    ROWS: gl.constexpr = layout.shape[0]
+    HALF: gl.constexpr = layout.shape[1]
+    t = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout)) // HEADS
+    row = gl.minimum(gl.maximum(t, 0), T - 1).to(gl.int64) * HALF
+    offset = row[:, None] + gl.arange(0, HALF, layout=gl.SliceLayout(0, layout))[None, :]
+    # Read again and again, and known by this as what no launch before has written.
+    return gl.load(rope[0] + offset, eviction_policy="evict_last"), gl.load(
+        rope[1] + offset, eviction_policy="evict_last"
+    )
+
+
+@gluon.jit
+def rotate(b_x, b_cos, b_sin):
+    """Rows [rows, D] by their angles [rows, D/2]."""
+    ROWS: gl.constexpr = b_x.shape[0]
+    HALF: gl.constexpr = b_x.shape[1] // 2
+    angles: gl.constexpr = b_cos.type.layout
+    b_lower, b_upper = gl.split(b_x.reshape([ROWS, 2, HALF]).permute((0, 2, 1)))
+    b_lower = gl.convert_layout(b_lower, angles, assert_trivial=True).to(gl.float32)
+    b_upper = gl.convert_layout(b_upper, angles, assert_trivial=True).to(gl.float32)
+    b_cos, b_sin = b_cos.to(gl.float32), b_sin.to(gl.float32)
+    b_y = gl.join((b_lower * b_cos - b_upper * b_sin).to(b_x.dtype), (b_upper * b_cos + b_lower * b_sin).to(b_x.dtype))
+    return gl.convert_layout(b_y.permute((0, 2, 1)).reshape([ROWS, 2 * HALF]), b_x.type.layout, assert_trivial=True)
+
+
+@gluon.jit
+def rotate_keys(rope, s_key, first, T, TOKENS: gl.constexpr, D: gl.constexpr):
+    """The keys [TOKENS, D] of the tokens from `first` on, in their place, by two warps."""
+    PIECE: gl.constexpr = 8
+    layout: gl.constexpr = key_angles(PIECE, D // 2)
+    for t in gl.static_range(0, TOKENS, PIECE):
+        b_cos, b_sin = load_angles(rope, first + t, T, 1, layout)
+        s_piece = s_key.slice(t, PIECE)
+        s_piece.store(rotate(s_piece.load(both_halves(layout)), b_cos, b_sin))
