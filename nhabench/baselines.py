@@ -1,7 +1,8 @@
 """What native hybrid attention is raced against: full, window-only and linear attention, one small record each.
 
 Sizes as in nhabench.floors; G = HQ / H query heads share a kv head. A contender takes q [B,T,HQ,D], k and v [B,T,H,D]
-and returns o [B,T,HQ,D].
+and returns o [B,T,HQ,D]. Of a workload with a rotary embedding, softmax attention is given q and k that are rotated
+before the timed call, and linear attention those that are not.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def repeat_heads(x: torch.Tensor, q_heads: int) -> torch.Tensor:
 
 def masked_softmax(inputs: Inputs, window: int) -> torch.Tensor:
     """Softmax attention straight from its definition: query t sees the keys t - window < j <= t."""
-    heads = inputs.q.shape[2]
+    heads, inputs = inputs.q.shape[2], inputs.rotated()
     q, k, v = (repeat_heads(x, heads).transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
     t = torch.arange(q.shape[2], device=q.device)
     distance = t[:, None] - t  # [T, T]
@@ -110,7 +111,8 @@ def _sdpa_contender(name: str) -> Contender:
     backend, label, remark = _SDPA[name]
 
     def bind(inputs: Inputs) -> Call:
-        q, k, v = (x.transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
+        x = inputs.rotated()
+        q, k, v = x.q.transpose(1, 2), x.k.transpose(1, 2), x.v.transpose(1, 2)
 
         def call() -> torch.Tensor:
             try:
@@ -156,9 +158,10 @@ def _flash_attn_contender(name: str, label: str, module: str, distributions: tup
 
     def bind(inputs: Inputs) -> Call:
         attention = importlib.import_module(module).flash_attn_func
+        x = inputs.rotated()
 
         def call() -> torch.Tensor:
-            out: Any = attention(inputs.q, inputs.k, inputs.v, causal=True)
+            out: Any = attention(x.q, x.k, x.v, causal=True)
             result: torch.Tensor = out[0] if isinstance(out, tuple) else out  # early FA3 adds the log-sum-exp
             return result
 
@@ -209,13 +212,13 @@ def _window_contender() -> Contender:
     """The window alone: a flash kernel where there is one (CUDA, 16 bit), blocks through SDPA elsewhere."""
 
     def bind(inputs: Inputs) -> Call:
-        window = inputs.case.workload.window
+        window, x = inputs.case.workload.window, inputs.rotated()
         if not _flash_window(inputs.case, inputs.q.device):
-            return lambda: blocked_window(inputs.q, inputs.k, inputs.v, window)
+            return lambda: blocked_window(x.q, x.k, x.v, window)
         from nha_kernels.flash_window import window_attention
 
         scale = inputs.q.shape[-1] ** -0.5
-        return lambda: window_attention(inputs.q, inputs.k, inputs.v, window, scale)
+        return lambda: window_attention(x.q, x.k, x.v, window, scale)
 
     def cannot(case: Case, device: torch.device) -> str | None:
         if case.workload.window == 0:

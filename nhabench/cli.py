@@ -105,7 +105,9 @@ def _command(flags: dict[str, Any]) -> str:
     words = ["python", "-m", "nhabench", "bench"]
     for flag, value in flags.items():
         for item in value if isinstance(value, list) else [value]:
-            if item is not None:
+            if item is True:
+                words.append(f"--{flag}")
+            elif item is not None:
                 text = Path(item).name if isinstance(item, Path) and item.is_absolute() else str(item)
                 words += [f"--{flag}", text]
     return shlex.join(words)
@@ -130,6 +132,9 @@ def bench(
     tokens: Annotated[
         int | None, typer.Option(help="B*T to hold, in place of the workload's (1 on a CPU, so B=1).")
     ] = None,
+    rope: Annotated[
+        bool, typer.Option("--rope", help="With a rotary embedding, which NHA applies itself; to others it is given.")
+    ] = False,
     only: Annotated[
         list[str] | None, typer.Option(help="An implementation or baseline to run; repeatable. All by default.")
     ] = None,
@@ -154,10 +159,10 @@ def bench(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--only") from error
     shapes = _fitted(_workloads(workloads_file, workload or []), where)
-    shapes = [shape.changed(window, slots, tokens) for shape in shapes]
+    shapes = [shape.changed(window, slots, tokens, rope) for shape in shapes]
     flags = {
         "workload": workload, "workloads-file": workloads_file, "seq-len": seq_len, "window": window, "slots": slots,
-        "tokens": tokens, "only": only, "device": device, "dtype": dtype, "output": output,
+        "tokens": tokens, "rope": rope or None, "only": only, "device": device, "dtype": dtype, "output": output,
         "seconds-per-case": None if seconds_per_case == 2.0 else seconds_per_case,
     }  # fmt: skip
     options = Options(

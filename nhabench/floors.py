@@ -67,7 +67,10 @@ def _state_flops(case: Case, updates: int = 1) -> int:
 def nha_floor(case: Case) -> Floor:
     """Native hybrid attention, forward: slots and window."""
     w = case.workload
-    return _floor(case, w.slots, _slot_flops(case) + _softmax_flops(case, w.window))
+    # A rotation takes four multiplications and two additions for each pair of numbers.
+    rotation = 3 * case.tokens * (w.q_heads + w.kv_heads) * w.head_dim if w.rope else 0
+    least = _floor(case, w.slots, _slot_flops(case) + _softmax_flops(case, w.window) + rotation)
+    return Floor(least.bytes + case.table_bytes, least.flops)
 
 
 def full_floor(case: Case) -> Floor:

@@ -53,8 +53,8 @@ def marks(o: torch.Tensor) -> Marks:
 
 
 def fingerprint(inputs: Inputs) -> tuple[int, ...]:
-    """Of q, k, v and g: sums over their bits, each weighed by where it lies, so that a permutation shows too."""
-    return tuple(_sum_of_bits(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g))
+    """Of all inputs: sums over their bits, each weighed by where it lies, so that a permutation shows too."""
+    return tuple(_sum_of_bits(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g, *(inputs.rope or ())))
 
 
 def _sum_of_bits(x: torch.Tensor) -> int:

@@ -18,7 +18,10 @@ def attend(inputs: Inputs, backend: str) -> torch.Tensor:
     """o [B,T,HQ,D] of the named NHA backend. Raises Unsupported with the backend's own reason."""
     window = inputs.case.workload.window
     try:
-        return native_hybrid_attention(inputs.q, inputs.k, inputs.v, inputs.g, window, backend=backend)[0]
+        o, _ = native_hybrid_attention(
+            inputs.q, inputs.k, inputs.v, inputs.g, window, rope=inputs.rope, backend=backend
+        )
+        return o
     except UnsupportedCall as error:
         raise Unsupported(str(error)) from error
 

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
+from nha_kernels.rope import rotate
 from nhabench.workloads import Case
 
 MAX_SETS = 8
@@ -19,21 +22,37 @@ COLD_FACTOR = 4  # the sets together are this many times the L2, so none of a se
 
 @dataclass(frozen=True)
 class Inputs:
-    """q [B,T,HQ,D], k and v [B,T,H,D], and the log forget gates g [B,T,H,M] <= 0, all in the case's dtype."""
+    """q [B,T,HQ,D], k and v [B,T,H,D], and the log forget gates g [B,T,H,M] <= 0, all in the case's dtype.
+
+    rope: of a workload with a rotary embedding, its tables (cos, sin) [T, D/2] in fp32.
+    """
 
     case: Case
     q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
     g: torch.Tensor
+    rope: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same values in another dtype (float64 for a reference)."""
-        return Inputs(self.case, *(x.to(dtype) for x in (self.q, self.k, self.v, self.g)))
+        return self._map(lambda x: x.to(dtype))
 
     def sequence(self, index: int) -> Inputs:
         """One sequence of the batch, as views."""
-        return Inputs(self.case, *(x[index : index + 1] for x in (self.q, self.k, self.v, self.g)))
+        return self._map(lambda x: x[index : index + 1])
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
+        q, k, v, g = (change(x) for x in (self.q, self.k, self.v, self.g))
+        return dataclasses.replace(self, q=q, k=k, v=v, g=g)
+
+    def rotated(self) -> Inputs:
+        """With q and k as attention by positions wants them: rotated, where the workload has a rotary embedding."""
+        if self.rope is None:
+            return self
+        position = torch.arange(self.q.shape[1], device=self.q.device)
+        q, k = (rotate(x, *self.rope, position) for x in (self.q, self.k))
+        return dataclasses.replace(self, q=q, k=k, rope=None)
 
     def randn(self, *sizes: int, seed: int = 0) -> torch.Tensor:
         """Further fp32 inputs [B, T, *sizes] for contenders that need other gates than NHA's."""
@@ -57,7 +76,15 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
 
     q, k, v = normal(w.q_heads, w.head_dim), normal(w.kv_heads, w.head_dim), normal(w.kv_heads, w.head_dim)
     rates = torch.logspace(math.log10(SLOWEST_GATE), 0, w.slots, device=device, dtype=case.torch_dtype)
-    return Inputs(case, q, k, v, F.logsigmoid(normal(w.kv_heads, w.slots)).mul_(rates))
+    g = F.logsigmoid(normal(w.kv_heads, w.slots)).mul_(rates)
+    return Inputs(case, q, k, v, g, rotary_tables(case.seq_len, w.head_dim, device) if w.rope else None)
+
+
+def rotary_tables(length: int, head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """cos and sin [length, head_dim/2] in fp32, of the angles of Su et al., arXiv 2104.09864."""
+    frequency = 10000.0 ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float64) / head_dim)
+    angle = torch.arange(length, device=device, dtype=torch.float64)[:, None] * frequency
+    return angle.cos().float(), angle.sin().float()
 
 
 def cache_bytes(device: torch.device) -> int:

@@ -43,6 +43,7 @@ class Row(Environment):
     label: str
     family: str
     status: str
+    rope: bool = False
     note: str = ""
     median_ms: float | None = None
     low_ms: float | None = None
@@ -78,7 +79,7 @@ class Row(Environment):
     def key(self) -> tuple[str | int, ...]:
         """What a row is about. A newer row with the same key replaces an older one."""
         sizes = (self.q_heads, self.kv_heads, self.head_dim, self.slots, self.window, self.batch, self.seq_len)
-        return (self.device, self.workload, self.direction, *sizes, self.dtype, self.implementation)
+        return (self.device, self.workload, self.direction, *sizes, self.rope, self.dtype, self.implementation)
 
     @property
     def timed(self) -> bool:
@@ -91,6 +92,10 @@ def columns() -> tuple[str, ...]:
     inherited = [field.name for field in dataclasses.fields(Environment)]
     own = [field.name for field in dataclasses.fields(Row) if field.name not in inherited]
     return (*own, *inherited)
+
+
+def _optional() -> set[str]:
+    return {field.name for field in dataclasses.fields(Row) if field.default is not dataclasses.MISSING}
 
 
 def _parse(text: str, kind: object) -> object:
@@ -125,9 +130,11 @@ def load_rows(path: Path) -> list[Row]:
     with path.open(newline="", encoding="utf-8") as lines:
         reader = csv.reader(lines, strict=True)
         header = tuple(next(reader, ()))
-        if header != columns():
-            different = sorted(set(header) ^ set(columns())) or ["the order"]
-            raise ValueError(f"{path.name}: expected the columns of this version; differs in: {', '.join(different)}")
+        # A file of before a column was added may lack it, if it has a default.
+        different = sorted((set(header) ^ set(columns())) - (_optional() - set(header)))
+        if different or len(header) != len(set(header)):
+            problem = ", ".join(different) or "a column comes twice"
+            raise ValueError(f"{path.name}: expected the columns of this version; differs in: {problem}")
         rows = []
         for record in reader:
             where = f"{path.name}: line {reader.line_num}"

@@ -24,7 +24,8 @@ def grouped(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
 
 def shape(row: Row) -> str:
     """The workload's sizes in words."""
-    return f"{row.q_heads}/{row.kv_heads} heads, D={row.head_dim}, M={row.slots}, W={row.window}"
+    rope = ", rope" if row.rope else ""
+    return f"{row.q_heads}/{row.kv_heads} heads, D={row.head_dim}, M={row.slots}, W={row.window}{rope}"
 
 
 def milliseconds(value: float) -> str:

@@ -20,7 +20,8 @@ class Workload:
     """The attention layer of a model.
 
     q_heads (HQ), kv_heads (H, divides HQ) and head_dim (D, for keys and values alike) are the model's; slots (M >= 1)
-    and window (W >= 0, in tokens, the token itself counted) are NHA's; tokens is B*T, held while T grows.
+    and window (W >= 0, in tokens, the token itself counted) are NHA's; tokens is B*T, held while T grows. rope: q and k
+    come without their rotary embedding, which NHA gives them itself, for its window.
     Raises ValueError that names the field, what was expected and what came.
     """
 
@@ -31,25 +32,39 @@ class Workload:
     slots: int = 64
     window: int = 64
     tokens: int = 16384
+    rope: bool = False
 
     def __post_init__(self) -> None:
         if not self.name or any(c not in "abcdefghijklmnopqrstuvwxyz0123456789.-_" for c in self.name):
             raise ValueError(f"name: expected lower-case letters, digits and '.-_', got {self.name!r}")
-        for field in dataclasses.fields(self)[1:]:
-            value, least = getattr(self, field.name), 0 if field.name == "window" else 1
+        for size in ("q_heads", "kv_heads", "head_dim", "slots", "window", "tokens"):
+            value, least = getattr(self, size), 0 if size == "window" else 1
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
-                raise ValueError(f"workload {self.name!r}: {field.name}: expected an integer >= {least}, got {value!r}")
+                raise ValueError(f"workload {self.name!r}: {size}: expected an integer >= {least}, got {value!r}")
+        if not isinstance(self.rope, bool):
+            raise ValueError(f"workload {self.name!r}: rope: expected true or false, got {self.rope!r}")
+        if self.rope and self.head_dim % 2:
+            raise ValueError(
+                f"workload {self.name!r}: head_dim: expected an even number with rope, got {self.head_dim}"
+            )
         if self.q_heads % self.kv_heads:
             raise ValueError(
                 f"workload {self.name!r}: kv_heads: expected a divisor of q_heads={self.q_heads}, got {self.kv_heads}"
             )
 
-    def changed(self, window: int | None = None, slots: int | None = None, tokens: int | None = None) -> Workload:
-        """This workload with some sizes replaced. The name tells which, so that a name always means one shape."""
+    def changed(
+        self, window: int | None = None, slots: int | None = None, tokens: int | None = None, rope: bool = False
+    ) -> Workload:
+        """This workload with some sizes replaced, or with a rotary embedding.
+
+        The name tells which, so that a name always means one shape.
+        """
         name, sizes = self.name, dataclasses.asdict(self)
         for field, letter, value in (("window", "w", window), ("slots", "m", slots), ("tokens", "n", tokens)):
             if value is not None and value != sizes[field]:
                 name, sizes[field] = f"{name}-{letter}{value}", value
+        if rope and not self.rope:
+            name, sizes["rope"] = f"{name}-rope", True
         return Workload(**{**sizes, "name": name})
 
     def case(self, seq_len: int, dtype: str) -> Case:
@@ -85,10 +100,15 @@ class Case:
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of q [B,T,HQ,D], k and v [B,T,H,D] and g [B,T,H,M]."""
+        """Bytes of q [B,T,HQ,D], k and v [B,T,H,D] and g [B,T,H,M], and of the tables of a rotary embedding."""
         w = self.workload
         per_token = w.q_heads * w.head_dim + w.kv_heads * (2 * w.head_dim + w.slots)
-        return self.tokens * per_token * self.torch_dtype.itemsize
+        return self.tokens * per_token * self.torch_dtype.itemsize + self.table_bytes
+
+    @property
+    def table_bytes(self) -> int:
+        """Bytes of cos and sin [T, D/2] in fp32, where there is a rotary embedding."""
+        return self.seq_len * self.workload.head_dim * 4 if self.workload.rope else 0
 
     @property
     def output_bytes(self) -> int:

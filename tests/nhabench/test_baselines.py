@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import types
 import warnings
@@ -36,6 +37,16 @@ def test_the_softmax_definition_is_causal_attention(tiny: Workload) -> None:
     q, k, v = (t.transpose(1, 2) for t in (x.q, x.k, x.v))
     expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
     torch.testing.assert_close(masked_softmax(x, 40), expected)
+
+
+@pytest.mark.parametrize("name", ["sdpa-math", "window"])
+def test_softmax_baselines_see_rotated_queries_and_keys(name: str, tiny: Workload) -> None:
+    inputs = inputs_of(tiny.changed(rope=True), 40)
+    verdict = check_baseline(named(name), inputs)
+    assert verdict is not None
+    assert verdict.correct, verdict.sentence
+    plain = dataclasses.replace(inputs, rope=None)
+    assert not torch.allclose(named(name).bind(plain)(), named(name).bind(inputs)(), atol=1e-2)
 
 
 def test_the_linear_definition_is_the_recurrence(tiny: Workload) -> None:

@@ -38,6 +38,13 @@ def test_slots_add_their_reads_and_updates() -> None:
     assert floors.gsa_floor(case).flops == floors.nha_floor(case).flops
 
 
+def test_a_rotary_embedding_adds_its_tables_and_six_operations_a_pair() -> None:
+    workload = Workload("w", 4, 2, 16, slots=8)
+    plain, rotated = (floors.nha_floor(Case(x, 3, 10, "bfloat16")) for x in (workload, workload.changed(rope=True)))
+    assert rotated.bytes - plain.bytes == 2 * 10 * 8 * 4  # cos and sin, shared by all sequences
+    assert rotated.flops - plain.flops == 3 * 10 * (4 + 2) * 8 * 6
+
+
 def test_gates_are_all_that_the_linear_floors_differ_in_bytes() -> None:
     case = Case(Workload("w", 4, 2, 16, slots=8), 1, 10, "float32")
     plain = floors.linear_floor(case).bytes

@@ -1,5 +1,6 @@
 """Random inputs: what they are, and how many sets it takes."""
 
+import dataclasses
 import math
 
 import pytest
@@ -46,6 +47,23 @@ def test_the_case_knows_its_bytes(tiny: Workload) -> None:
     assert case.input_bytes == sum(x.nbytes for x in (inputs.q, inputs.k, inputs.v, inputs.g))
     assert case.output_bytes == inputs.q.nbytes
     assert bytes_needed(case, sets=2) - bytes_needed(case) == case.input_bytes
+    rotary = Case(tiny.changed(rope=True), 2, 12, "bfloat16")
+    made = make_inputs(rotary, CPU)
+    assert made.rope is not None
+    assert rotary.input_bytes == sum(x.nbytes for x in (made.q, made.k, made.v, made.g, *made.rope))
+
+
+def test_rotated_logits_depend_on_the_distance_alone(tiny: Workload) -> None:
+    inputs = make_inputs(Case(tiny.changed(rope=True), 1, 12, "float32"), CPU).to(torch.float64)
+    same = dataclasses.replace(inputs, q=inputs.q[:, :1].expand_as(inputs.q), k=inputs.k[:, :1].expand_as(inputs.k))
+    x = same.rotated()
+    assert x.rope is None
+    logits = x.q[0, :, 0] @ x.k[0, :, 0].mT  # [T, T]
+    for offset in range(-11, 12):
+        diagonal = logits.diagonal(offset)
+        torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-6, atol=1e-6)
+    assert float(logits[0].std()) > 0.1
+    assert make_inputs(Case(tiny, 1, 12, "float32"), CPU).rotated().rope is None
 
 
 @given(length=st.integers(1, 10**6), l2=st.integers(0, 10**8))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -37,6 +39,15 @@ def carried(inputs: Inputs, segment: int, back: int) -> torch.Tensor:
             native_hybrid_attention(*part(low, low + segment), window, backend="chunked", initial_state=state)[0]
         )
     return torch.cat(outputs, 1)
+
+
+def test_a_call_that_forgets_the_rotary_embedding_is_wrong(tiny: Workload) -> None:
+    inputs = make_inputs(Case(tiny.changed(rope=True), 1, 700, "float32"), CPU)
+    judge = Judge(inputs.case.workload, "float32", CPU)
+    truth, name = judge.reference(inputs)
+    assert check_against(attend(inputs, "chunked"), truth, name, judge.tolerance).correct
+    forgot = attend(dataclasses.replace(inputs, rope=None), "chunked")
+    assert not check_against(forgot, truth, name, judge.tolerance).correct
 
 
 def test_distance_of_a_known_error() -> None:

@@ -74,6 +74,16 @@ def test_a_changed_shape_has_another_name(tiny: Workload) -> None:
     changed = tiny.changed(window=16, slots=4)
     assert (changed.name, changed.window, changed.slots) == ("tiny-w16-m4", 16, 4)
     assert tiny.changed(window=tiny.window) == tiny
+    rotated = tiny.changed(slots=4, rope=True)
+    assert (rotated.name, rotated.rope) == ("tiny-m4-rope", True)
+    assert rotated.changed(rope=True) == rotated == rotated.changed()
+
+
+def test_a_rotary_embedding_needs_an_even_head_size() -> None:
+    with pytest.raises(ValueError, match="head_dim: expected an even number with rope, got 7"):
+        Workload("odd", 2, 1, 7, rope=True)
+    with pytest.raises(ValueError, match="rope: expected true or false, got 1"):
+        parse_workloads("[x]\nq_heads=2\nkv_heads=1\nhead_dim=8\nrope=1", "a.toml")
 
 
 def test_select_keeps_the_asked_order_and_names_what_is_unknown() -> None:
