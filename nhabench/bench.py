@@ -21,7 +21,7 @@ from nhabench.environment import GIT_SHA_VARIABLE, read_environment
 from nhabench.errors import first_line
 from nhabench.gpu import GpuWatch
 from nhabench.implementations import implementations
-from nhabench.measure import DeviceLost, Lab, measure_case
+from nhabench.measure import DeviceLost, Lab, earlier_rows, measure_case
 from nhabench.plan import CPU_LIMIT, affordable, estimated_seconds
 from nhabench.plots import draw_all
 from nhabench.results import ResultFile, Row
@@ -35,7 +35,8 @@ CSV_NAME = "forward.csv"
 
 @dataclass(frozen=True)
 class Options:
-    """What to run. `trim`: on a CPU, only the cases that end in a few minutes. `seconds`: of timing for each case."""
+    """What to run. `trim`: on a CPU, only the cases that end in a few minutes. `seconds`: of timing for each case.
+    `resume`: only what the same run, interrupted, has not measured yet."""
 
     cases: Sequence[Case]
     contenders: Sequence[Contender]
@@ -44,6 +45,7 @@ class Options:
     output: Path
     command: str
     trim: bool
+    resume: bool = False
 
 
 @dataclass
@@ -156,6 +158,8 @@ def _measure(options: Options, results: ResultFile, outcome: Outcome, progress: 
             "the rows will not say which code was measured.",
             soft_wrap=True,
         )
+    elif options.resume and lab.environment.git_dirty is not False:
+        progress.print("The checkout differs from its commit: every case is measured again.", soft_wrap=True)
     cases = list(options.cases)
     trim = options.trim and options.device.type == "cpu"
     if trim:
@@ -183,6 +187,11 @@ def _measure(options: Options, results: ResultFile, outcome: Outcome, progress: 
             def say(step: str, head: str = f"{number}/{len(cases)} {case}") -> None:
                 bar.update(task, description=f"{head}: {step}")
 
+            earlier = earlier_rows(lab, case, options.contenders, results.rows) if options.resume else None
+            if earlier is not None:
+                outcome.rows.extend(earlier)
+                bar.update(task, advance=weight)
+                continue
             try:
                 rows = measure_case(lab, case, options.contenders, say)
             except DeviceLost as lost:

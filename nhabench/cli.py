@@ -142,6 +142,9 @@ def bench(
     dtype: Dtype = None,
     seconds_per_case: Annotated[float, typer.Option(help="Time limit of timing at each B x T.")] = 2.0,
     output: Annotated[Path | None, typer.Option(help="Folder for CSV and plots. results/<device> by default.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with this same command where it was interrupted, at this commit.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the rows as JSON in place of tables.")] = False,
 ) -> None:
     """Check every implementation against the reference, then time all of them and the baselines, interleaved.
@@ -173,6 +176,7 @@ def bench(
         output=output or Path("results") / device_slug(where),
         command=_command(flags),
         trim=not workload and not seq_len,
+        resume=resume,
     )
     raise typer.Exit(_run(options, as_json))
 

@@ -96,6 +96,31 @@ class Entry:
         self.status, self.note, self.calls = status, note, []
 
 
+def earlier_rows(lab: Lab, case: Case, contenders: Sequence[Contender], rows: Sequence[Row]) -> list[Row] | None:
+    """Of `rows`, those that the same run left of a case before it was interrupted; None where it must be measured.
+
+    The same run: the same command on the same commit, device and software. Of changed code, or code that git does not
+    know, nobody can say whether it is the same. What failed is measured again.
+    """
+    here = lab.environment
+    if not here.git_sha or here.git_dirty is not False:
+        return None
+    same = {field.name: getattr(here, field.name) for field in dataclasses.fields(Environment) if field.name != "date"}
+    same |= {**_case_columns(case), "direction": "forward"}
+    found = {
+        row.implementation: row
+        for row in rows
+        if row.status != "failed" and all(getattr(row, name) == value for name, value in same.items())
+    }
+    if not all(contender.name in found for contender in contenders):
+        return None
+    earlier = [found[contender.name] for contender in contenders]
+    for contender, row in zip(contenders, earlier, strict=True):
+        if row.median_ms is not None:
+            lab.last[contender.name, case.workload, case.dtype] = (case, row.median_ms / 1e3)
+    return earlier
+
+
 def measure_case(lab: Lab, case: Case, contenders: Sequence[Contender], said: Callable[[str], object]) -> list[Row]:
     """Check and time the contenders at a case; `said` is told what is going on. One row for each, in their order.
 
