@@ -1,4 +1,4 @@
-"""The project's commands: `nox` runs tests, lint and types; `nox -s bench` and `nox -s regress` measure."""
+"""The project's commands: `nox` runs tests, lint and types; `nox -s bench`, `suites` and `regress` measure."""
 
 import nox
 
@@ -23,6 +23,15 @@ def bench(session: nox.Session) -> None:
     session.install(*CONSTRAINTS, "--editable", ".")
     # Ctrl-C reaches the benchmark too, which then writes down what it has measured: leave it the time.
     session.run("python", "-m", "nhabench", "bench", *session.posargs, interrupt_timeout=60, terminate_timeout=10)
+
+
+@nox.session
+def suites(session: nox.Session) -> None:
+    """Run the suites under pytest-benchmark: nox -s suites -- [pytest's arguments]."""
+    session.install(*CONSTRAINTS, "--editable", ".[dev]")
+    session.run(
+        "pytest", *(session.posargs or ["suites"]), "--benchmark-enable", "--benchmark-columns=min,median,iqr,rounds"
+    )
 
 
 @nox.session

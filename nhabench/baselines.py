@@ -55,7 +55,7 @@ def repeat_heads(x: torch.Tensor, q_heads: int) -> torch.Tensor:
 
 def masked_softmax(inputs: Inputs, window: int) -> torch.Tensor:
     """Softmax attention straight from its definition: query t sees the keys t - window < j <= t."""
-    heads, inputs = inputs.q.shape[2], inputs.rotated()
+    heads, inputs = inputs.q.shape[2], inputs.rotated
     q, k, v = (repeat_heads(x, heads).transpose(1, 2) for x in (inputs.q, inputs.k, inputs.v))
     t = torch.arange(q.shape[2], device=q.device)
     distance = t[:, None] - t  # [T, T]
@@ -111,7 +111,7 @@ def _sdpa_contender(name: str) -> Contender:
     backend, label, remark = _SDPA[name]
 
     def bind(inputs: Inputs) -> Call:
-        x = inputs.rotated()
+        x = inputs.rotated
         q, k, v = x.q.transpose(1, 2), x.k.transpose(1, 2), x.v.transpose(1, 2)
 
         def call() -> torch.Tensor:
@@ -158,7 +158,7 @@ def _flash_attn_contender(name: str, label: str, module: str, distributions: tup
 
     def bind(inputs: Inputs) -> Call:
         attention = importlib.import_module(module).flash_attn_func
-        x = inputs.rotated()
+        x = inputs.rotated
 
         def call() -> torch.Tensor:
             out: Any = attention(x.q, x.k, x.v, causal=True)
@@ -212,7 +212,7 @@ def _window_contender() -> Contender:
     """The window alone: a flash kernel where there is one (CUDA, 16 bit), blocks through SDPA elsewhere."""
 
     def bind(inputs: Inputs) -> Call:
-        window, x = inputs.case.workload.window, inputs.rotated()
+        window, x = inputs.case.workload.window, inputs.rotated
         if not _flash_window(inputs.case, inputs.q.device):
             return lambda: blocked_window(x.q, x.k, x.v, window)
         from nha_kernels.flash_window import window_attention

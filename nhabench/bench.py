@@ -90,13 +90,12 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def make_lab(options: Options) -> Lab:
-    """Open the device: timer, clocks, provenance, ceilings."""
-    timer = open_device(options.device)
-    watch = GpuWatch(options.device)
-    environment = read_environment(options.device, watch, options.command)
-    ceilings = measure_ceilings(options.device, options.cases[0].torch_dtype, timer)
-    return Lab(options.device, timer, watch, environment, ceilings, options.seconds)
+def make_lab(device: torch.device, dtype: torch.dtype, command: str, seconds: float) -> Lab:
+    """Open the device: timer, clocks, provenance, ceilings. `seconds`: of timing for each case."""
+    timer = open_device(device)
+    watch = GpuWatch(device)
+    environment = read_environment(device, watch, command)
+    return Lab(device, timer, watch, environment, measure_ceilings(device, dtype, timer), seconds)
 
 
 def run(options: Options, console: Console, progress: Console) -> Outcome:
@@ -145,7 +144,7 @@ def _verdict(rows: Sequence[Row]) -> int:
 
 def _open(options: Options) -> Lab:
     try:
-        return make_lab(options)
+        return make_lab(options.device, options.cases[0].torch_dtype, options.command, options.seconds)
     except (RuntimeError, MemoryError) as error:
         raise DeviceLost(f"The device could not be opened: {first_line(error)}") from error
 

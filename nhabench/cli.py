@@ -100,6 +100,19 @@ def _workloads(file: Path | None, names: list[str]) -> list[Workload]:
         raise typer.BadParameter(str(error), param_hint=hint) from error
 
 
+def _changed(
+    shapes: Iterable[Workload],
+    window: int | None = None,
+    slots: int | None = None,
+    tokens: int | None = None,
+    rope: bool = False,
+) -> list[Workload]:
+    try:
+        return [shape.changed(window, slots, tokens, rope) for shape in shapes]
+    except ValueError as error:  # the sizes were looked at before
+        raise typer.BadParameter(str(error), param_hint="--rope") from error
+
+
 def _command(flags: dict[str, Any]) -> str:
     """The command that repeats the run, without paths of this machine."""
     words = ["python", "-m", "nhabench", "bench"]
@@ -162,7 +175,7 @@ def bench(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--only") from error
     shapes = _fitted(_workloads(workloads_file, workload or []), where)
-    shapes = [shape.changed(window, slots, tokens, rope) for shape in shapes]
+    shapes = _changed(shapes, window, slots, tokens, rope)
     flags = {
         "workload": workload, "workloads-file": workloads_file, "seq-len": seq_len, "window": window, "slots": slots,
         "tokens": tokens, "rope": rope or None, "only": only, "device": device, "dtype": dtype, "output": output,
@@ -215,6 +228,7 @@ def regress(
     seq_len: Annotated[
         list[int] | None, typer.Option(help="A length T; repeatable. 2048 and 16384 by default, on a CPU 512.")
     ] = None,
+    rope: Annotated[bool, typer.Option("--rope", help="With a rotary embedding.")] = False,
     only: Annotated[
         list[str] | None, typer.Option(help="An NHA implementation; repeatable. All but naive by default.")
     ] = None,
@@ -242,7 +256,8 @@ def regress(
     if root is None:
         raise typer.BadParameter("expected to be run from a checkout of the project, with git", param_hint="BASE")
     where = _device(device)
-    shapes, lengths = _fitted(_workloads(workloads_file, workload or []), where), seq_len or [2048, 16384]
+    shapes = _changed(_fitted(_workloads(workloads_file, workload or []), where), rope=rope)
+    lengths = seq_len or [2048, 16384]
     if where.type == "cpu":
         shapes, lengths = shapes if workload else shapes[:1], seq_len or [512]
     serving = [one.name for one in implementations() if one.name != "naive" and not one.missing(where)]

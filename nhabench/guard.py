@@ -54,7 +54,7 @@ def marks(o: torch.Tensor) -> Marks:
 
 def fingerprint(inputs: Inputs) -> tuple[int, ...]:
     """Of all inputs: sums over their bits, each weighed by where it lies, so that a permutation shows too."""
-    return tuple(_sum_of_bits(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g, *(inputs.rope or ())))
+    return tuple(_sum_of_bits(x) for x in inputs.tensors())
 
 
 def _sum_of_bits(x: torch.Tensor) -> int:
@@ -73,6 +73,4 @@ def plain(o: object) -> TypeGuard[torch.Tensor]:
 
 def refill(inputs: Inputs, seed: int) -> None:
     """Other values in the same tensors."""
-    other = make_inputs(inputs.case, inputs.q.device, seed)
-    for mine, new in zip((inputs.q, inputs.k, inputs.v, inputs.g), (other.q, other.k, other.v, other.g), strict=True):
-        mine.copy_(new)
+    inputs.copy_(make_inputs(inputs.case, inputs.q.device, seed))

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -46,6 +47,7 @@ class Inputs:
         q, k, v, g = (change(x) for x in (self.q, self.k, self.v, self.g))
         return dataclasses.replace(self, q=q, k=k, v=v, g=g)
 
+    @cached_property
     def rotated(self) -> Inputs:
         """With q and k as attention by positions wants them: rotated, where the workload has a rotary embedding."""
         if self.rope is None:
@@ -53,6 +55,16 @@ class Inputs:
         position = torch.arange(self.q.shape[1], device=self.q.device)
         q, k = (rotate(x, *self.rope, position) for x in (self.q, self.k))
         return dataclasses.replace(self, q=q, k=k, rope=None)
+
+    def tensors(self) -> list[torch.Tensor]:
+        """All of them, those that are made of them included."""
+        made = [] if self.rope is None else [*self.rope, self.rotated.q, self.rotated.k]
+        return [self.q, self.k, self.v, self.g, *made]
+
+    def copy_(self, other: Inputs) -> None:
+        """Take over the values of inputs of the same case, into the same tensors."""
+        for mine, new in zip(self.tensors(), other.tensors(), strict=True):
+            mine.copy_(new)
 
     def randn(self, *sizes: int, seed: int = 0) -> torch.Tensor:
         """Further fp32 inputs [B, T, *sizes] for contenders that need other gates than NHA's."""
@@ -113,7 +125,8 @@ def cache_state(case: Case, sets: int, l2_bytes: int) -> str:
 
 def bytes_needed(case: Case, sets: int = 1) -> int:
     """A lower estimate of the device memory a case takes: its input sets, the output, and the float64 reference."""
-    return sets * case.input_bytes + case.output_bytes + case.output_bytes // case.torch_dtype.itemsize * 8
+    per_set = case.input_bytes + case.rotated_bytes
+    return sets * per_set + case.output_bytes + case.output_bytes // case.torch_dtype.itemsize * 8
 
 
 def free_bytes(device: torch.device) -> int:

@@ -85,6 +85,7 @@ class Entry:
     calls: list[Call] = field(default_factory=list)
     marks: guard.Marks | None = None  # of the output that was checked
     changes: dict[str, Any] = field(default_factory=dict)
+    all_ms: tuple[float, ...] = ()  # the samples
 
     @property
     def waiting(self) -> bool:
@@ -121,10 +122,17 @@ def earlier_rows(lab: Lab, case: Case, contenders: Sequence[Contender], rows: Se
     return earlier
 
 
-def measure_case(lab: Lab, case: Case, contenders: Sequence[Contender], said: Callable[[str], object]) -> list[Row]:
+def measure_case(
+    lab: Lab,
+    case: Case,
+    contenders: Sequence[Contender],
+    said: Callable[[str], object],
+    samples: dict[str, tuple[float, ...]] | None = None,
+) -> list[Row]:
     """Check and time the contenders at a case; `said` is told what is going on. One row for each, in their order.
 
-    Raises DeviceLost, which holds the rows, when the device stops answering.
+    samples: gets the times in ms behind the rows, by the contenders' names. Raises DeviceLost, which holds the rows,
+    when the device stops answering.
     """
     entries = [Entry(contender) for contender in contenders]
     try:
@@ -134,6 +142,8 @@ def measure_case(lab: Lab, case: Case, contenders: Sequence[Contender], said: Ca
             if entry.waiting:
                 entry.end("failed", str(error))
         raise DeviceLost(str(error), [_row(lab, case, entry) for entry in entries]) from error
+    if samples is not None:
+        samples.update({entry.contender.name: entry.all_ms for entry in entries})
     return [_row(lab, case, entry) for entry in entries]
 
 
@@ -325,7 +335,8 @@ def _race(
             _fail(lab, entry, result)
         if entry.waiting and isinstance(result, Timing):
             columns = dataclasses.asdict(result)
-            del columns["late"], columns["left_out"]
+            del columns["late"], columns["left_out"], columns["all_ms"]
+            entry.all_ms = result.all_ms
             timer = lab.timer.name + (HOST_TIME if result.includes_host else "")
             entry.changes.update(columns, timer=timer, **_clock_columns(before[0], after))
             entry.end("ok", " ".join(filter(None, (entry.contender.remark, _host_note(result)))))

@@ -15,6 +15,7 @@ from pathlib import Path
 from nhabench.environment import Environment
 
 STATUSES = ("ok", "incorrect", "unsupported", "unavailable", "out of memory", "skipped", "failed")
+ADDED = {"rope"}  # columns that an older file may lack: then they have their default
 HOST_TIME = " with host time"  # behind the timer's name, where the host may have kept the device waiting
 
 
@@ -39,11 +40,11 @@ class Row(Environment):
     batch: int
     seq_len: int
     dtype: str
+    rope: bool = False
     implementation: str
     label: str
     family: str
     status: str
-    rope: bool = False
     note: str = ""
     median_ms: float | None = None
     low_ms: float | None = None
@@ -94,10 +95,6 @@ def columns() -> tuple[str, ...]:
     return (*own, *inherited)
 
 
-def _optional() -> set[str]:
-    return {field.name for field in dataclasses.fields(Row) if field.default is not dataclasses.MISSING}
-
-
 def _parse(text: str, kind: object) -> object:
     """The inverse of _format for one column type: str, int, float, bool, or one of these or None."""
     if isinstance(kind, types.UnionType):
@@ -130,8 +127,7 @@ def load_rows(path: Path) -> list[Row]:
     with path.open(newline="", encoding="utf-8") as lines:
         reader = csv.reader(lines, strict=True)
         header = tuple(next(reader, ()))
-        # A file of before a column was added may lack it, if it has a default.
-        different = sorted((set(header) ^ set(columns())) - (_optional() - set(header)))
+        different = sorted((set(header) ^ set(columns())) - (ADDED - set(header)))
         if different or len(header) != len(set(header)):
             problem = ", ".join(different) or "a column comes twice"
             raise ValueError(f"{path.name}: expected the columns of this version; differs in: {problem}")

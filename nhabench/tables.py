@@ -15,10 +15,14 @@ _SHORT = {"incorrect": "WRONG", "out of memory": "OOM", "failed": "failed"}
 
 
 def grouped(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """Rows by (workload, dtype, device), in the order of their first rows."""
+    """Rows by (workload, dtype, device), in the order of their first rows.
+
+    A workload with a rotary embedding is another one than that without, whatever its name.
+    """
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
-        groups.setdefault((row.workload, row.dtype, row.device), []).append(row)
+        name = f"{row.workload}-rope" if row.rope and not row.workload.endswith("-rope") else row.workload
+        groups.setdefault((name, row.dtype, row.device), []).append(row)
     return groups
 
 

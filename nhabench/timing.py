@@ -155,7 +155,7 @@ class Timing:
     """Summary of the samples of one contender, in milliseconds. `stop`: why there are no more of them.
 
     low_ms, high_ms: the median's interval, None with too few samples for one. late: how many of them were late.
-    left_out: how many late samples were taken beside them, and do not count.
+    left_out: how many late samples were taken beside them, and do not count. all_ms: the samples as they came.
     """
 
     median_ms: float
@@ -167,6 +167,7 @@ class Timing:
     stop: str
     late: int = 0
     left_out: int = 0
+    all_ms: tuple[float, ...] = ()
 
     @property
     def includes_host(self) -> bool:
@@ -183,7 +184,7 @@ def summarise(samples: Sequence[float], stop: str = "", late: int = 0, left_out:
     if len(ordered) >= LEAST_SAMPLES:
         low, high = (ordered[rank] for rank in median_ranks(len(ordered)))
     p95 = ordered[math.ceil(0.95 * len(ordered)) - 1]
-    return Timing(median(ordered), low, high, ordered[0], p95, len(ordered), stop, late, left_out)
+    return Timing(median(ordered), low, high, ordered[0], p95, len(ordered), stop, late, left_out, tuple(samples))
 
 
 def precise(samples: Sequence[float]) -> bool:

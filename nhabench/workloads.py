@@ -111,6 +111,12 @@ class Case:
         return self.seq_len * self.workload.head_dim * 4 if self.workload.rope else 0
 
     @property
+    def rotated_bytes(self) -> int:
+        """Bytes of rotated q and k, which softmax attention is given where there is a rotary embedding."""
+        w = self.workload
+        return self.tokens * (w.q_heads + w.kv_heads) * w.head_dim * self.torch_dtype.itemsize if w.rope else 0
+
+    @property
     def output_bytes(self) -> int:
         """Bytes of o [B,T,HQ,D]."""
         return self.tokens * self.workload.q_heads * self.workload.head_dim * self.torch_dtype.itemsize

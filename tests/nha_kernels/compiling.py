@@ -101,6 +101,10 @@ def resident_problems() -> dict[str, Problem]:
         "D128-NG4-W16-bfloat16",
     ):  # fmt: skip
         problems[f"{rotated}-rope"] = replace(problems[rotated], positions="rope")
+    problems["D128-NG4-W64-bfloat16-plain-rope"] = replace(
+        problems["D128-NG4-W64-bfloat16"], positions="rope", mask_empty_slots=False, output_final_state=False,
+        return_lse=False,
+    )  # fmt: skip
     for usual in ("D128-NG4-W64-bfloat16", "D256-NG1-W32-bfloat16"):
         plain = replace(problems[usual], mask_empty_slots=False, output_final_state=False, return_lse=False)
         problems[f"{usual}-plain"] = plain

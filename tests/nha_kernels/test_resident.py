@@ -235,6 +235,8 @@ CASES: dict[str, Case] = {
     "rope, a group of 7": replace(WIDE, rope=True, group=7, mask=True, slots=40),
     "rope, a group of 2": replace(WIDE, rope=True, group=2, kv_heads=1, window=48),
     "rope, a window of 16": replace(WIDE, rope=True, window=16, gates="strong"),
+    "rope, fp32 gates, a group of 8": replace(WIDE, rope=True, group=8, gates_like_q=False),
+    "rope, a window of 32": replace(WIDE, rope=True, window=32, gates_like_q=False),
     "rope, small heads": replace(WIDE, rope=True, head_dim=64, window=32, slots=16),
     "rope, small heads, a group of 8": replace(WIDE, rope=True, head_dim=64, group=8, gates_like_q=False),
 }
@@ -396,7 +398,11 @@ def test_rotary_tables_of_any_dtype_and_length() -> None:
     args = make(replace(WIDE, rope=True), torch.bfloat16)
     short = tuple(x.bfloat16() for x in args["rope"])
     longer = tuple(torch.cat((x.double(), torch.full_like(x, torch.nan).double())) for x in short)
-    assert torch.equal(serve({**args, "rope": short}).o, serve({**args, "rope": longer}).o)
+    expected = serve({**args, "rope": short}).o
+    assert torch.equal(serve({**args, "rope": longer}).o, expected)
+    strided = tuple(torch.stack((x, x + 1), dim=-1)[..., 0] for x in short)
+    assert not strided[0].is_contiguous()
+    assert torch.equal(serve({**args, "rope": strided}).o, expected)
 
 
 @hopper

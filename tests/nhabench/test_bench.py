@@ -275,7 +275,7 @@ def test_a_gpu_is_warm_before_its_timer_and_its_ceilings(bench: Bench, monkeypat
     monkeypatch.setattr(module, "read_environment", step("environment"))
     monkeypatch.setattr(module, "measure_ceilings", step("ceilings"))
     case = Case(bench.workload, 1, 16, "float32")
-    module.make_lab(Options([case], [], torch.device("cuda", 0), 0.1, bench.folder, "", False))
+    module.make_lab(torch.device("cuda", 0), case.torch_dtype, "", 0.1)
     assert steps == ["set device", "warm up", "timer", "watch", "environment", "ceilings"]
 
 

@@ -70,6 +70,18 @@ def test_json_is_all_that_is_printed(shapes: Path, tmp_path: Path) -> None:
     assert Path(told["csv"]).exists()
 
 
+def test_rope_needs_an_even_head_size(tmp_path: Path) -> None:
+    (tmp_path / "odd.toml").write_text("[odd]\nq_heads=2\nkv_heads=1\nhead_dim=7\n")
+    done = RUNNER.invoke(
+        app,
+        ["bench", "--workloads-file", str(tmp_path / "odd.toml"), "--workload", "odd", "--rope"],
+        env={"COLUMNS": "300"},
+    )
+    assert done.exit_code == 2
+    assert "--rope" in done.output
+    assert "even number with rope, got 7" in done.output
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from nhabench import reference
+from nhabench.baselines import masked_softmax
 from nhabench.contender import Contender
 from nhabench.environment import read_environment
 from nhabench.floors import Ceilings
@@ -32,11 +33,12 @@ def measure(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> Measure:
     """Contenders at one length of the tiny workload: their rows by name."""
     monkeypatch.setattr(reference, "SMALL_LENGTH", 32)
 
-    def run(*contenders: Contender, length: int = 100) -> dict[str, Row]:
+    def run(*contenders: Contender, length: int = 100, rope: bool = False) -> dict[str, Row]:
         watch = GpuWatch(CPU)
         lab = Lab(CPU, WallClock(), watch, read_environment(CPU, watch, ""), Ceilings(1, 1), seconds=0.02)
         with torch.no_grad():
-            rows = measure_case(lab, Case(tiny, 1, length, "float32"), contenders, lambda step: None)
+            case = Case(tiny.changed(rope=rope), 1, length, "float32")
+            rows = measure_case(lab, case, contenders, lambda step: None)
         return {row.implementation: row for row in rows}
 
     return run
@@ -113,6 +115,28 @@ def test_cheats_get_no_time_and_cost_the_others_nothing(name: str, measure: Meas
     rows = measure(contenders.nha("cheat", cheat()), contenders.nha("honest"))
     assert (rows["cheat"].status, rows["cheat"].note, rows["cheat"].median_ms) == ("incorrect", reason, None)
     assert rows["honest"].status == "ok"
+
+
+@pytest.mark.parametrize("what", ["a table", "the rotated keys"])
+def test_what_comes_with_a_rotary_embedding_is_guarded_too(what: str, measure: Measure, contenders: Any) -> None:
+    def writing(inputs: Inputs) -> torch.Tensor:
+        o = right(inputs)
+        assert inputs.rope is not None
+        x = inputs.rope[0] if what == "a table" else inputs.rotated.k
+        x.copy_(x.flip(0 if what == "a table" else 1))
+        return o
+
+    def rotated(inputs: Inputs) -> torch.Tensor:
+        return masked_softmax(inputs, 100)
+
+    rows = measure(
+        contenders.full("before", rotated), contenders.nha("cheat", writing), contenders.nha("honest"),
+        contenders.full("after", rotated), rope=True,
+    )  # fmt: skip
+    assert rows["cheat"].note == WROTE
+    assert {name: row.status for name, row in rows.items() if name != "cheat"} == {
+        "before": "ok", "honest": "ok", "after": "ok",
+    }  # fmt: skip
 
 
 def test_who_writes_and_then_fails_spoils_nothing(measure: Measure, contenders: Any) -> None:

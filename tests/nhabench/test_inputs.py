@@ -46,24 +46,53 @@ def test_the_case_knows_its_bytes(tiny: Workload) -> None:
     inputs = make_inputs(case, CPU)
     assert case.input_bytes == sum(x.nbytes for x in (inputs.q, inputs.k, inputs.v, inputs.g))
     assert case.output_bytes == inputs.q.nbytes
-    assert bytes_needed(case, sets=2) - bytes_needed(case) == case.input_bytes
+    assert (
+        bytes_needed(case, sets=2) - bytes_needed(case) == case.input_bytes == sum(x.nbytes for x in inputs.tensors())
+    )
     rotary = Case(tiny.changed(rope=True), 2, 12, "bfloat16")
     made = make_inputs(rotary, CPU)
     assert made.rope is not None
     assert rotary.input_bytes == sum(x.nbytes for x in (made.q, made.k, made.v, made.g, *made.rope))
+    assert made.rotated is made.rotated  # one for all contenders
+    assert bytes_needed(rotary, sets=2) - bytes_needed(rotary) == sum(x.nbytes for x in made.tensors())
+
+
+def test_inputs_take_over_the_values_of_others(tiny: Workload) -> None:
+    case = Case(tiny.changed(rope=True), 2, 12, "float32")
+    mine, other = make_inputs(case, CPU, 1), make_inputs(case, CPU, 2)
+    before, q = mine.rotated.q.clone(), mine.q
+    mine.copy_(other)
+    assert mine.q is q
+    for x, y in zip(mine.tensors(), other.tensors(), strict=True):
+        assert torch.equal(x, y)
+    assert not torch.equal(mine.rotated.q, before)
 
 
 def test_rotated_logits_depend_on_the_distance_alone(tiny: Workload) -> None:
     inputs = make_inputs(Case(tiny.changed(rope=True), 1, 12, "float32"), CPU).to(torch.float64)
     same = dataclasses.replace(inputs, q=inputs.q[:, :1].expand_as(inputs.q), k=inputs.k[:, :1].expand_as(inputs.k))
-    x = same.rotated()
+    x = same.rotated
     assert x.rope is None
     logits = x.q[0, :, 0] @ x.k[0, :, 0].mT  # [T, T]
     for offset in range(-11, 12):
         diagonal = logits.diagonal(offset)
         torch.testing.assert_close(diagonal, diagonal[:1].expand_as(diagonal), rtol=1e-6, atol=1e-6)
     assert float(logits[0].std()) > 0.1
-    assert make_inputs(Case(tiny, 1, 12, "float32"), CPU).rotated().rope is None
+
+
+def test_a_rotation_is_a_product_of_complex_numbers(tiny: Workload) -> None:
+    """Of halves, the first real and the second imaginary, by an angle that grows with the position."""
+    inputs = make_inputs(Case(tiny.changed(rope=True), 2, 12, "float32"), CPU).to(torch.float64)
+    size = inputs.k.shape[-1]
+    frequency = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+    turn = torch.polar(torch.ones(12, size // 2, dtype=torch.float64), torch.arange(12)[:, None] * frequency)
+    for x, rotated in ((inputs.q, inputs.rotated.q), (inputs.k, inputs.rotated.k)):
+        expected = torch.complex(*x.chunk(2, dim=-1)) * turn[:, None]
+        torch.testing.assert_close(rotated, torch.cat((expected.real, expected.imag), -1), rtol=1e-6, atol=1e-6)
+
+
+def test_without_an_embedding_nothing_is_rotated(tiny: Workload) -> None:
+    assert make_inputs(Case(tiny, 1, 12, "float32"), CPU).rotated.rope is None
 
 
 @given(length=st.integers(1, 10**6), l2=st.integers(0, 10**8))

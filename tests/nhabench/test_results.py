@@ -119,6 +119,10 @@ def test_a_file_of_before_a_column_was_added(tmp_path: Path, row: Callable[..., 
     at = table[0].index("rope")
     path.write_text("".join(",".join(line[:at] + line[at + 1 :]) + "\n" for line in table))
     assert load_rows(path) == [dataclasses.replace(one, note="") for one in rows]
+    at = table[0].index("median_ms")
+    path.write_text("".join(",".join(line[:at] + line[at + 1 :]) + "\n" for line in table))
+    with pytest.raises(ValueError, match="differs in: median_ms"):
+        load_rows(path)
 
 
 def test_an_empty_file_is_not_a_table(tmp_path: Path) -> None:

@@ -63,6 +63,11 @@ PROGRAMS = {64: 1, 128: 1, 256: 2}  # that share the columns of the values, by h
 # exp() of it is 0 in fp32. It stands for all that is lower: sums with -inf would turn into NaN, and large ones, which
 # are subtracted here, lose what is small.
 ERASED = gl.constexpr(-110.0)
+# R and G by whether there is a rotary embedding, and bytes of a gate: what shared memory has room for with heads of
+# 128. Of R, at least WB + 2, and G less one, or a wait could miss its turn.
+RINGS = {(False, 2): (8, 8), (False, 4): (8, 5), (True, 2): (8, 4), (True, 4): (7, 4)}
+# L with a rotary embedding. 2 at the least: an output partition may skip every other of these blocks, but not know of
+# the last one by its slots, which were published when the block before was absorbed.
 LEAVING = gl.constexpr(3)
 
 
@@ -202,9 +207,9 @@ def load_partition(
                 if i >= LEAVING:
                     mbarrier.wait(done.index((i - LEAVING) % R), ((i - LEAVING) // R) & 1)
                     mbarrier.wait(absorbed.index((i - LEAVING) % R), ((i - LEAVING) // R) & 1)
-                place = i % LEAVING
-                mbarrier.expect(leaving_full.index(place), TOKENS * D * 2)
-                load_async(d_k, [n, t0 + (i - WB) * TOKENS, h, 0], leaving_full.index(place), s_leaving.index(place))
+                left = i % LEAVING
+                mbarrier.expect(leaving_full.index(left), TOKENS * D * 2)
+                load_async(d_k, [n, t0 + (i - WB) * TOKENS, h, 0], leaving_full.index(left), s_leaving.index(left))
         # Gates are needed later than keys, when their tokens enter the slots.
         if i + 1 >= 0 and i + 1 < tiles:
             if i + 1 >= G:
@@ -218,7 +223,8 @@ def load_partition(
 def rotate_partition(
     rope, s_k, kv_full, keys_full, t0, tiles, T, D: gl.constexpr, WB: gl.constexpr, R: gl.constexpr
 ):  # fmt: skip
-    """The keys of every block, as soon as they are there. Without an embedding there is nothing to do."""
+    """The keys of every block, as soon as they are there. Without an embedding there is nothing to do, and the two
+    warps cost nothing: warps come by fours."""
     if rope is not None:
         for x in range(tiles + WB):
             mbarrier.wait(kv_full.index(x % R), (x // R) & 1)
@@ -524,9 +530,7 @@ def resident_launch(
     def by_group(x: Tensor) -> Tensor:
         return x.view(batch, tokens, heads, group, dim)
 
-    # What shared memory has room for. Of R, at least WB + 2, and G less one, or a wait could miss its turn.
-    wide = inputs.g.element_size() == 4
-    ring, gates = (8, 5 if wide else 8) if inputs.rope is None else (7 if wide else 8, 4)
+    ring, gates = RINGS[inputs.rope is not None, problem.gate_dtype.itemsize]
     box, key_box = [1, TOKENS.value, 1, HEADS.value, dim], [1, TOKENS.value, 1, dim]
     arguments = dict(
         shared, d_q=descriptor(by_group(inputs.q), box), d_k=descriptor(inputs.k, key_box),
