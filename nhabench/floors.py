@@ -1,12 +1,15 @@
-"""The least an operation must do, by its definition alone: bytes through device memory, floating point operations.
+"""The least an operation must do, by its definition alone: bytes through device memory, floating point operations; and
+the bytes that it must keep of the past for the next token.
 
 Sizes: B batch, T length, HQ query heads, H kv heads, D head size, M slots, W window, e bytes of an element. Every
 input is read once and every output written once; keys, values and gates exist once for each kv head, whatever an
-implementation may repeat. A multiply-add counts as two operations; exponentials are not counted.
+implementation may repeat. A multiply-add counts as two operations; exponentials are not counted. What is kept of the past
+is kept for each sequence of the batch: tokens in e bytes a number, a recurrent state in fp32.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -23,10 +26,11 @@ class Ceilings:
 
 @dataclass(frozen=True)
 class Floor:
-    """The bytes and FLOPs that an operation on a case cannot go below."""
+    """The bytes and FLOPs that an operation on a case cannot go below, and the bytes of its state after it."""
 
     bytes: int
     flops: int
+    state_bytes: int
 
     def milliseconds(self, ceilings: Ceilings) -> float:
         """The time below which the device's ceilings do not let the operation go: the larger of its two terms."""
@@ -39,11 +43,22 @@ def _attended(case: Case, window: int) -> int:
     return full * (full + 1) // 2 + (case.seq_len - full) * window
 
 
-def _floor(case: Case, gates: int, flops: int) -> Floor:
+def _floor(case: Case, gates: int, flops: int, state_bytes: int) -> Floor:
     """`gates`: elements of gates for each token and kv head, beside q, k, v and o."""
     w = case.workload
     elements = 2 * w.q_heads * w.head_dim + w.kv_heads * (2 * w.head_dim + gates)
-    return Floor(case.tokens * elements * case.torch_dtype.itemsize, flops)
+    return Floor(case.tokens * elements * case.torch_dtype.itemsize, flops, state_bytes)
+
+
+def _kept_tokens(case: Case, tokens: int, gates: int = 0) -> int:
+    # Keys and values, and gates of those that are still to enter a recurrent state.
+    w = case.workload
+    return case.batch * w.kv_heads * min(tokens, case.seq_len) * (2 * w.head_dim + gates) * case.torch_dtype.itemsize
+
+
+def _recurrent(case: Case, rows: int) -> int:
+    """A state of `rows` rows of D numbers for each kv head."""
+    return case.batch * case.workload.kv_heads * rows * case.workload.head_dim * 4
 
 
 def _softmax_flops(case: Case, window: int) -> int:
@@ -69,46 +84,51 @@ def nha_floor(case: Case) -> Floor:
     w = case.workload
     # A rotation takes four multiplications and two additions for each pair of numbers.
     rotation = 3 * case.tokens * (w.q_heads + w.kv_heads) * w.head_dim if w.rope else 0
-    least = _floor(case, w.slots, _slot_flops(case) + _softmax_flops(case, w.window) + rotation)
-    return Floor(least.bytes + case.table_bytes, least.flops)
+    state = _recurrent(case, 2 * w.slots) + _kept_tokens(case, w.window, w.slots)
+    least = _floor(case, w.slots, _slot_flops(case) + _softmax_flops(case, w.window) + rotation, state)
+    return dataclasses.replace(least, bytes=least.bytes + case.table_bytes)
 
 
 def full_floor(case: Case) -> Floor:
     """Causal softmax attention."""
-    return _floor(case, 0, _softmax_flops(case, case.seq_len))
+    return _floor(case, 0, _softmax_flops(case, case.seq_len), _kept_tokens(case, case.seq_len))
 
 
 def window_floor(case: Case) -> Floor:
     """Causal softmax attention over the last W tokens."""
-    return _floor(case, 0, _softmax_flops(case, case.workload.window))
+    window = case.workload.window
+    return _floor(case, 0, _softmax_flops(case, window), _kept_tokens(case, max(0, window - 1)))
 
 
 def linear_floor(case: Case) -> Floor:
     """Linear attention without gates."""
-    return _floor(case, 0, _state_flops(case))
+    return _floor(case, 0, _state_flops(case), _recurrent(case, case.workload.head_dim))
 
 
 def gla_floor(case: Case) -> Floor:
     """Gated linear attention: a gate for each element of a key, and a decay of each element of the state."""
     w = case.workload
-    return _floor(case, w.head_dim, _state_flops(case) + case.tokens * w.kv_heads * w.head_dim**2)
+    flops = _state_flops(case) + case.tokens * w.kv_heads * w.head_dim**2
+    return _floor(case, w.head_dim, flops, _recurrent(case, w.head_dim))
 
 
 def simple_gla_floor(case: Case) -> Floor:
     """Gated linear attention with one gate for each head."""
     w = case.workload
-    return _floor(case, 1, _state_flops(case) + case.tokens * w.kv_heads * w.head_dim**2)
+    flops = _state_flops(case) + case.tokens * w.kv_heads * w.head_dim**2
+    return _floor(case, 1, flops, _recurrent(case, w.head_dim))
 
 
 def gsa_floor(case: Case) -> Floor:
     """Gated slot attention: NHA without a window; the write strengths are a second input beside the gates."""
-    return _floor(case, 2 * case.workload.slots, _slot_flops(case))
+    return _floor(case, 2 * case.workload.slots, _slot_flops(case), _recurrent(case, 2 * case.workload.slots))
 
 
 def delta_rule_floor(case: Case) -> Floor:
     """The gated delta rule: gate and step size for each head; the state is read before each update, and decays."""
     w = case.workload
-    return _floor(case, 2, _state_flops(case, updates=2) + case.tokens * w.kv_heads * w.head_dim**2)
+    flops = _state_flops(case, updates=2) + case.tokens * w.kv_heads * w.head_dim**2
+    return _floor(case, 2, flops, _recurrent(case, w.head_dim))
 
 
 FloorFunction = Callable[[Case], Floor]

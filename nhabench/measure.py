@@ -447,6 +447,7 @@ def _row(lab: Lab, case: Case, entry: Entry) -> Row:
     columns: dict[str, Any] = {
         "floor_bytes": floor.bytes,
         "floor_flops": floor.flops,
+        "state_bytes": floor.state_bytes,
         "floor_ms": floor.milliseconds(lab.ceilings),
         "copy_tb_per_s": lab.ceilings.copy_tb_per_s,
         "matmul_tflop_per_s": lab.ceilings.matmul_tflop_per_s,

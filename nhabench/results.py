@@ -15,7 +15,7 @@ from pathlib import Path
 from nhabench.environment import Environment
 
 STATUSES = ("ok", "incorrect", "unsupported", "unavailable", "out of memory", "skipped", "failed")
-ADDED = {"rope"}  # columns that an older file may lack: then they have their default
+ADDED = {"rope", "state_bytes"}  # columns that an older file may lack: then they have their default
 HOST_TIME = " with host time"  # behind the timer's name, where the host may have kept the device waiting
 
 
@@ -26,7 +26,8 @@ class Row(Environment):
     Only a row with status 'ok' has times; `note` says in a sentence what another status means, or what a reader should
     know. Times in milliseconds, sizes in bytes, rates in TB/s and TFLOP/s. floor_* is the least the operation must do
     (nhabench.floors); floor_fraction is floor_ms / median_ms. extra_peak_bytes is what one call takes beyond its
-    inputs, output included, and peak_bytes adds the inputs. error and tolerance are relative to the float64 reference,
+    inputs, output included, and peak_bytes adds the inputs; state_bytes is what the operation must keep of the past for a
+    next token. error and tolerance are relative to the float64 reference,
     worst_* those of the worst block of 64 tokens.
     """
 
@@ -66,6 +67,7 @@ class Row(Environment):
     matmul_tflop_per_s: float | None = None
     peak_bytes: int | None = None
     extra_peak_bytes: int | None = None
+    state_bytes: int | None = None
     error: float | None = None
     tolerance: float | None = None
     worst_error: float | None = None

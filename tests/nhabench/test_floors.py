@@ -1,9 +1,11 @@
 """Floors against numbers worked out by hand and against counting."""
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from nha_kernels import native_hybrid_attention
 from nhabench import floors
 from nhabench.floors import Ceilings, Floor
 from nhabench.plan import CPU_SECONDS, affordable, estimated_seconds
@@ -45,6 +47,28 @@ def test_a_rotary_embedding_adds_its_tables_and_six_operations_a_pair() -> None:
     assert rotated.flops - plain.flops == 3 * 10 * (4 + 2) * 8 * 6
 
 
+@pytest.mark.parametrize("length", [3, 40])
+def test_the_state_is_what_the_operator_keeps_and_full_attention_keeps_everything(length: int) -> None:
+    workload = Workload("w", 4, 2, 16, slots=8, window=8)
+    case = Case(workload, 3, length, "float32")
+    q, k, v = (torch.randn(3, length, heads, 16) for heads in (4, 2, 2))
+    g = -torch.rand(3, length, 2, 8)
+    _, state = native_hybrid_attention(q, k, v, g, 8, output_final_state=True)
+    assert state is not None
+    kept = sum(x.nbytes for name, x in state.tensors().items() if name != "seen")
+    assert floors.nha_floor(case).state_bytes == kept
+    assert floors.full_floor(case).state_bytes == k.nbytes + v.nbytes
+    assert floors.window_floor(case).state_bytes == (k[:, -7:].nbytes + v[:, -7:].nbytes)
+    assert floors.simple_gla_floor(case).state_bytes == 3 * 2 * 16 * 16 * 4
+
+
+def test_at_128k_tokens_the_cache_of_full_attention_is_hundreds_of_times_the_state() -> None:
+    case = load_workloads()["llama-3-8b"].case(131072, "bfloat16")
+    ratio = floors.full_floor(case).state_bytes / floors.nha_floor(case).state_bytes
+    assert ratio == pytest.approx(2 * 131072 * 128 * 2 / (2 * 64 * 128 * 4 + 64 * (2 * 128 + 64) * 2))
+    assert ratio > 600
+
+
 def test_gates_are_all_that_the_linear_floors_differ_in_bytes() -> None:
     case = Case(Workload("w", 4, 2, 16, slots=8), 1, 10, "float32")
     plain = floors.linear_floor(case).bytes
@@ -57,8 +81,8 @@ def test_gates_are_all_that_the_linear_floors_differ_in_bytes() -> None:
 
 
 def test_the_larger_term_is_the_floor() -> None:
-    assert Floor(bytes=2 * 10**9, flops=1).milliseconds(Ceilings(1.0, 1.0)) == pytest.approx(2.0)
-    assert Floor(bytes=1, flops=3 * 10**9).milliseconds(Ceilings(1.0, 1.0)) == pytest.approx(3.0)
+    assert Floor(2 * 10**9, 1, 0).milliseconds(Ceilings(1.0, 1.0)) == pytest.approx(2.0)
+    assert Floor(1, 3 * 10**9, 0).milliseconds(Ceilings(1.0, 1.0)) == pytest.approx(3.0)
 
 
 def test_a_slow_machine_affords_fewer_cases_but_always_one() -> None:
