@@ -150,6 +150,13 @@ def load_rows(path: Path) -> list[Row]:
     return rows
 
 
+def is_table(path: Path) -> bool:
+    """Whether a CSV is a table of results, of this version or another, by the names in its first line."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as lines:
+        header = next(csv.reader(lines), [])
+    return {"workload", "implementation", "status", "median_ms"} <= set(header)
+
+
 def _line(values: Iterable[str]) -> str:
     # csv quotes a line break inside a value only if it is one of its own line ends: give it both, keep one.
     text = io.StringIO()
