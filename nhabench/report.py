@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -92,11 +93,13 @@ def find_tables(folder: Path) -> tuple[dict[str, list[Row]], dict[str, str]]:
     left_out: dict[str, str] = {}
     for path in (*sorted(folder.glob("*.csv")), *sorted(folder.glob("*/*.csv"))):
         name = path.relative_to(folder).as_posix()
-        if not is_table(path):
-            left_out[name] = "not a table of results"
-            continue
         try:
+            if not is_table(path):
+                left_out[name] = "not a table of results"
+                continue
             rows = load_rows(path)
+        except csv.Error as error:
+            raise ValueError(f"{name}: expected CSV, got: {error}") from error
         except ValueError as error:
             raise ValueError(f"{name.removesuffix(path.name)}{error}") from error  # it begins with the file's name
         if rows:

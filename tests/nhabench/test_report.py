@@ -337,6 +337,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(
         ("forward.csv", "", "forward.csv: not a table of results"),
         ("forward.csv", to_csv([]), "forward.csv: holds no rows"),
         ("old.csv", "workload,implementation,status,median_ms\n", "old.csv: expected the columns of this version"),
+        ("torn.csv", to_csv([]) + '"torn', "torn.csv: expected CSV, got: unexpected end of data"),
         ("sub/forward.csv", to_csv([]) + "cut,short\n", "sub/forward.csv: line 2"),
     ],
 )
