@@ -1,4 +1,4 @@
-"""The command line: `python -m nhabench bench | regress | selftest | doctor | plot | workloads`."""
+"""The command line: `python -m nhabench bench | regress | selftest | doctor | plot | report | workloads`."""
 
 from __future__ import annotations
 
@@ -26,6 +26,8 @@ from nhabench.gpu import GpuWatch
 from nhabench.implementations import implementations
 from nhabench.plots import draw_all
 from nhabench.regress import FOLDER, Comparison, as_it_is, compare_versions, version
+from nhabench.report import FILE_NAME as REPORT_NAME
+from nhabench.report import build_report, summary, write_report
 from nhabench.results import load_rows
 from nhabench.selftest import passed, run_trials
 from nhabench.workloads import DTYPES, SEQ_LENS, Case, Workload, cases, load_workloads, select
@@ -398,6 +400,33 @@ def plot(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="CSV") from error
     for path in draw_all(rows, output or csv.parent):
+        print(path)
+
+
+@app.command()
+def report(
+    folder: Annotated[Path, typer.Argument(help="A folder of results.", exists=True, file_okay=False)],
+    output: Annotated[Path | None, typer.Option(help=f"The page. {REPORT_NAME} in the folder by default.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the path and a summary as JSON.")] = False,
+) -> None:
+    """Tell a folder of results as one HTML page: findings, provenance, plots and their data.
+
+    Takes every CSV of the folder, and of the folders in it, that bench wrote. The page needs no network and no other
+    file.
+    """
+    try:
+        told = build_report(folder)
+    except (ValueError, OSError) as error:
+        raise typer.BadParameter(str(error), param_hint="FOLDER") from error
+    path = output or folder / REPORT_NAME
+    try:
+        size = write_report(told, path)
+    except OSError as error:
+        problem = f"expected a file that can be written, got {path.name}: {error.strerror or error}"
+        raise typer.BadParameter(problem, param_hint="--output") from error
+    if as_json:
+        print(json.dumps({"report": str(path), "bytes": size, **summary(told)}))
+    else:
         print(path)
 
 

@@ -3,8 +3,8 @@ the bytes that it must keep of the past for the next token.
 
 Sizes: B batch, T length, HQ query heads, H kv heads, D head size, M slots, W window, e bytes of an element. Every
 input is read once and every output written once; keys, values and gates exist once for each kv head, whatever an
-implementation may repeat. A multiply-add counts as two operations; exponentials are not counted. What is kept of the past
-is kept for each sequence of the batch: tokens in e bytes a number, a recurrent state in fp32.
+implementation may repeat. A multiply-add counts as two operations; exponentials are not counted. What is kept of the
+past is kept for each sequence of the batch: tokens in e bytes a number, a recurrent state in fp32.
 """
 
 from __future__ import annotations

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import io
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from matplotlib import patheffects, ticker
+from matplotlib import patheffects, rc_context, ticker
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from nhabench.crossover import Crossover, fastest_by_length, find_crossover, time_of
 from nhabench.results import HOST_TIME, Row
-from nhabench.tables import FAMILIES, grouped, shape
+from nhabench.tables import FAMILIES, grouped, shape, significant
 
 DPI = 150
 LABEL_POINTS = 8.5
@@ -64,7 +67,8 @@ _FAMILY_STYLES = {
 }
 
 
-def _style(row: Row) -> Style:
+def style_of(row: Row) -> Style:
+    """That of the row's implementation, or of its family."""
     return _STYLES.get(row.implementation, _FAMILY_STYLES[row.family])
 
 
@@ -83,15 +87,15 @@ def _lines(rows: Sequence[Row], families: Sequence[str]) -> Lines:
     return {name: [points[length] for length in sorted(points)] for name, points in found.items()}
 
 
-def _leaders(rows: Sequence[Row], families: Sequence[str]) -> set[str]:
+def leaders_of(rows: Sequence[Row], families: Sequence[str]) -> set[str]:
     """The implementations that are the fastest of their family at some T."""
     return {row.implementation for family in families for row in fastest_by_length(rows, family).values()}
 
 
-def _contest(rows: Sequence[Row], families: Sequence[str]) -> tuple[Lines, list[str]]:
+def contest(rows: Sequence[Row], families: Sequence[str]) -> tuple[Lines, list[str]]:
     """The lines to draw, and the labels of those left out: plain definitions that are nowhere the fastest of their
     family, slow and measured at small T only."""
-    lines, leaders = _lines(rows, families), _leaders(rows, FAMILIES)
+    lines, leaders = _lines(rows, families), leaders_of(rows, FAMILIES)
     absent = [name for name in lines if name in _DEFINITIONS and name not in leaders]
     return {name: line for name, line in lines.items() if name not in absent}, [lines[name][0].label for name in absent]
 
@@ -126,7 +130,26 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _figure(panels: int, right: float) -> tuple[Figure, list[Axes]]:
+def to_svg(figure: Figure, salt: str) -> str:
+    """The figure as an <svg> element for a page: transparent, its texts as texts, and the same at every call.
+
+    `salt` makes its ids differ from those of the page's other figures. The white seam of texts over lines is left to
+    the page's CSS (paint-order): as an effect of matplotlib's it would turn every glyph into two paths. Takes it from
+    the figure.
+    """
+    for artist in figure.findobj(Text):
+        artist.set_path_effects([])
+    text = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": salt}):
+        nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+        figure.savefig(text, format="svg", transparent=True, metadata=nothing)
+    svg = text.getvalue()
+    # Groups are numbered in each figure anew, and nothing refers to them.
+    return re.sub(r'<g id="[^"]*"', "<g", svg[svg.index("<svg") :]).rstrip()
+
+
+def new_figure(panels: int, right: float) -> tuple[Figure, list[Axes]]:
+    """A figure with its axes side by side; `right` is where the last ones end, as a fraction of the width."""
     # Not through pyplot: it would keep every figure, and could look for a display.
     figure = Figure(figsize=(9.6 if panels == 1 else 12.8, 5.6 if panels == 1 else 4.4), dpi=DPI)
     FigureCanvasAgg(figure)
@@ -136,16 +159,14 @@ def _figure(panels: int, right: float) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def _headline(figure: Figure, finding: str, subject: str, rows: Sequence[Row], absent: Sequence[str]) -> None:
+def headline(figure: Figure, finding: str, subject: str, rows: Sequence[Row], absent: Sequence[str]) -> None:
     """The finding first, then what was measured where, and what a reader should know about the rows; in the corner the
-    names of what is not drawn."""
+    names of what is not drawn. The finding is the figure's label too."""
     left, row = figure.subplotpars.left, rows[0]
+    figure.set_label(finding)
     figure.text(left, 0.975, finding, fontsize=13, fontweight="bold", va="top")
     where = f"{subject} on {row.device}: {row.workload} ({shape(row)}, {row.dtype})"
-    days = sorted({row.date for row in rows})
-    remarks = []
-    if len(days) > 1:
-        remarks.append(f"rows of {len(days)} runs, {days[0][:10]} to {days[-1][:10]}: compare those of one run")
+    remarks = [remark] if (remark := of_several_runs(rows)) else []
     if any(HOST_TIME in row.timer for row in rows):
         remarks.append("hollow: includes host time")
     if remarks:
@@ -155,6 +176,14 @@ def _headline(figure: Figure, finding: str, subject: str, rows: Sequence[Row], a
     figure.text(left, 0.925 if len(figure.axes) == 1 else 0.905, where, fontsize=9.5, va="top", color="#333333")
     if absent:
         figure.text(0.99, 0.02, "\n".join(["slower, not drawn:", *absent]), fontsize=8, ha="right", color="#333333")
+
+
+def of_several_runs(rows: Sequence[Row]) -> str:
+    """A warning where the rows come from more than one run; otherwise empty."""
+    days = sorted({row.date for row in rows})
+    if len(days) < 2:
+        return ""
+    return f"rows of {len(days)} runs, {days[0][:10]} to {days[-1][:10]}: compare those of one run"
 
 
 def _length_axis(axis: Axes, rows: Sequence[Row], most: int = 12) -> None:
@@ -176,7 +205,7 @@ def _length_axis(axis: Axes, rows: Sequence[Row], most: int = 12) -> None:
         axis.spines[side].set_visible(False)
 
 
-def _log_axis(axis: Axes, unit: str = "") -> None:
+def log_axis(axis: Axes, unit: str = "") -> None:
     """Log scale of what is drawn already; over few decades with more than the powers of ten named."""
     axis.set_yscale("log")
     low, high = axis.get_ylim()
@@ -186,7 +215,7 @@ def _log_axis(axis: Axes, unit: str = "") -> None:
 
 
 def _draw_line(axis: Axes, rows: Sequence[Row], value: Callable[[Row], float], leads: bool) -> None:
-    style = _style(rows[0])
+    style = style_of(rows[0])
     x, y = [row.seq_len for row in rows], [value(row) for row in rows]
     axis.plot(
         x, y, color=style.color, marker=style.marker, linestyle=style.line, linewidth=2.8 if leads else 1.3,
@@ -224,9 +253,14 @@ class End:
     bold: bool = False
 
 
+def name_of(row: Row) -> str:
+    """What a line is called in a plot."""
+    return row.label.removesuffix(" (plain PyTorch)")
+
+
 def _ends(lines: Lines, value: Callable[[Row], float], leaders: set[str]) -> list[End]:
     return [
-        End(row.seq_len, value(row), row.label.removesuffix(" (plain PyTorch)"), _style(row).color, name in leaders)
+        End(row.seq_len, value(row), name_of(row), style_of(row).color, name in leaders)
         for name, (*_, row) in lines.items()
     ]
 
@@ -260,28 +294,28 @@ def _draw_band(axis: Axes, rows: Sequence[Row]) -> None:
     lengths = [row.seq_len for row in rows]
     low = [math.nan if row.low_ms is None else row.low_ms for row in rows]
     high = [math.nan if row.high_ms is None else row.high_ms for row in rows]
-    axis.fill_between(lengths, low, high, color=_style(rows[0]).color, alpha=0.25, linewidth=0)
+    axis.fill_between(lengths, low, high, color=style_of(rows[0]).color, alpha=0.25, linewidth=0)
 
 
 def latency(rows: Sequence[Row]) -> Figure | None:
     """Milliseconds against T on log axes, the median's interval shaded, the crossover with full attention marked."""
-    lines, absent = _contest(rows, FAMILIES)
+    lines, absent = contest(rows, FAMILIES)
     if not lines:
         return None
-    figure, (axis,) = _figure(1, right=0.76)
+    figure, (axis,) = new_figure(1, right=0.76)
     timed = [row for line in lines.values() for row in line]
-    leaders = _leaders(rows, ("nha", "full"))
+    leaders = leaders_of(rows, ("nha", "full"))
     _length_axis(axis, timed)
     for name, line in lines.items():
         _draw_band(axis, line)
         _draw_line(axis, line, time_of, name in leaders)
-    _log_axis(axis)
+    log_axis(axis)
     axis.set_ylabel("median time of a forward call, ms; 95 % interval shaded")
     crossover = find_crossover(rows)
     if crossover is not None and crossover.at is not None:
         _mark_crossover(axis, crossover, rows)
     finding = crossover.sentence if crossover else "Forward latency"
-    _headline(figure, finding, "Forward latency", timed, absent)
+    headline(figure, finding, "Forward latency", timed, absent)
     _label_ends(axis, _ends(lines, time_of, leaders))
     return figure
 
@@ -302,39 +336,34 @@ def _mark_crossover(axis: Axes, crossover: Crossover, rows: Sequence[Row]) -> No
     at_left = math.log(at / first) < 0.4 * math.log(last / first)
     full_name = crossover.full.label.removeprefix("full: ")
     axis.annotate(
-        f"{crossover.nha.label} overtakes\n{full_name} at T ≈ {_two_digits(at)} →",
+        f"{crossover.nha.label} overtakes\n{full_name} at T ≈ {significant(at, 2)} →",
         xy=(at, 1.0), xycoords=("data", "axes fraction"), xytext=(4 if at_left else -4, -4),
         textcoords="offset points", ha="left" if at_left else "right", va="top", fontsize=9, fontweight="bold",
         zorder=7, path_effects=_HALO,
     )  # fmt: skip
 
 
-def _two_digits(length: float) -> str:
-    """Rounded: what is between two measured lengths is not known better."""
-    return f"{round(length, 1 - math.floor(math.log10(length))):.0f}"
-
-
 def speedup(rows: Sequence[Row]) -> Figure | None:
     """How many times faster than the fastest full attention at the same T, for NHA, window and linear attention."""
     full = fastest_by_length(rows, "full")
-    lines, absent = _contest([row for row in rows if row.seq_len in full], ("nha", "window", "linear"))
+    lines, absent = contest([row for row in rows if row.seq_len in full], ("nha", "window", "linear"))
     if not lines:
         return None
 
     def gain(row: Row) -> float:
         return time_of(full[row.seq_len]) / time_of(row)
 
-    figure, (axis,) = _figure(1, right=0.76)
+    figure, (axis,) = new_figure(1, right=0.76)
     timed = [row for line in lines.values() for row in line]
-    leaders = _leaders(rows, ("nha",))
+    leaders = leaders_of(rows, ("nha",))
     _length_axis(axis, timed)
     for name, line in lines.items():
         _draw_line(axis, line, gain, name in leaders)
     axis.axhline(1.0, color=_BLUE, linestyle="--", linewidth=2.8, zorder=2)
-    _log_axis(axis, "x")
+    log_axis(axis, "x")
     axis.set_ylabel("speed relative to the fastest full attention")
     subject = "Forward speed-up over full attention"
-    _headline(figure, _speedup_finding(rows, gain), subject, [*timed, *full.values()], absent)
+    headline(figure, _speedup_finding(rows, gain), subject, [*timed, *full.values()], absent)
     names = " / ".join(dict.fromkeys(row.label.removeprefix("full: ") for row in full.values()))
     baseline = End(timed[-1].seq_len, 1.0, f"fastest full ({names})", _BLUE, bold=True)
     _label_ends(axis, [*_ends(lines, gain, leaders), baseline])
@@ -354,12 +383,12 @@ def _speedup_finding(rows: Sequence[Row], gain: Callable[[Row], float]) -> str:
 
 def floor(rows: Sequence[Row]) -> Figure | None:
     """NHA against what the device can do: TB/s, TFLOP/s, and the fraction of the floor, by T."""
-    lines, absent = _contest(rows, ("nha",))
+    lines, absent = contest(rows, ("nha",))
     if not lines:
         return None
-    figure, axes = _figure(3, right=0.88)
+    figure, axes = new_figure(3, right=0.88)
     timed = [row for line in lines.values() for row in line]
-    first, leaders = timed[-1], _leaders(rows, ("nha",))
+    first, leaders = timed[-1], leaders_of(rows, ("nha",))
     panels: tuple[tuple[str, Callable[[Row], float], float | None, str], ...] = (
         ("TB/s: bytes of the floor / time", lambda row: row.tb_per_s or 0.0, first.copy_tb_per_s, "copy"),
         ("TFLOP/s: FLOPs of the floor / time", lambda row: row.tflop_per_s or 0.0, first.matmul_tflop_per_s, "matmul"),
@@ -377,13 +406,13 @@ def floor(rows: Sequence[Row]) -> Figure | None:
             # Above it, where no line can be.
             axis.annotate(text, xy=(0.02, ceiling), xycoords=("axes fraction", "data"), xytext=(0, 3),
                           textcoords="offset points", va="bottom", fontsize=LABEL_POINTS)  # fmt: skip
-        _log_axis(axis)
+        log_axis(axis)
         if ceiling is not None:
             axis.set_ylim(top=2.2 * ceiling)
     best = max(timed, key=lambda row: row.floor_fraction or 0.0)
     reached = [100 * (row.floor_fraction or 0.0) for row in lines[best.implementation]]
     low, high = f"{min(reached):.2g}", f"{max(reached):.2g}"
     finding = f"{best.label} runs at {low if low == high else f'{low} to {high}'} % of the speed that the floor allows"
-    _headline(figure, finding, "Achieved rates of the forward pass", timed, absent)
+    headline(figure, finding, "Achieved rates of the forward pass", timed, absent)
     _label_ends(axes[-1], _ends(lines, panels[-1][1], leaders))
     return figure

@@ -26,9 +26,9 @@ class Row(Environment):
     Only a row with status 'ok' has times; `note` says in a sentence what another status means, or what a reader should
     know. Times in milliseconds, sizes in bytes, rates in TB/s and TFLOP/s. floor_* is the least the operation must do
     (nhabench.floors); floor_fraction is floor_ms / median_ms. extra_peak_bytes is what one call takes beyond its
-    inputs, output included, and peak_bytes adds the inputs; state_bytes is what the operation must keep of the past for a
-    next token. error and tolerance are relative to the float64 reference,
-    worst_* those of the worst block of 64 tokens.
+    inputs, output included, and peak_bytes adds the inputs; state_bytes is what the operation must keep of the past for
+    a next token. error and tolerance are relative to the float64 reference, worst_* those of the worst block of 64
+    tokens.
     """
 
     workload: str
@@ -146,6 +146,13 @@ def load_rows(path: Path) -> list[Row]:
                     raise ValueError(f"{where}, {name}: {error}") from error
             rows.append(Row(**values))
     return rows
+
+
+def is_table(path: Path) -> bool:
+    """Whether a CSV is a table of results, of this version or another, by the names in its first line."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as lines:
+        header = next(csv.reader(lines), [])
+    return {"workload", "implementation", "status", "median_ms"} <= set(header)
 
 
 def _line(values: Iterable[str]) -> str:

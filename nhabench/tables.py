@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Sequence
 
@@ -37,6 +38,15 @@ def milliseconds(value: float) -> str:
     return f"{value:.{3 if value < 1 else 2 if value < 10 else 1 if value < 100 else 0}f}"
 
 
+def significant(value: float, digits: int) -> str:
+    """Rounded to this many digits, trailing zeros included, no exponent: 0.1390, 246.3, 131072 as 131100."""
+    if not math.isfinite(value):
+        return str(value)
+    rounded = f"{value:.{digits - 1}e}"  # 9.99 has become 1.0e+01
+    places = digits - 1 - int(rounded.partition("e")[2])
+    return f"{float(rounded):.{max(0, places)}f}"
+
+
 def print_tables(rows: Sequence[Row], console: Console) -> None:
     """Print a table for each workload of the rows, and beneath them what did not run and why."""
     for group in grouped(rows).values():
@@ -44,7 +54,8 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
         title = f"\n{first.workload} ({shape(first)}, {first.dtype}) on {first.device}: forward, ms"
         console.print(title, style="bold", highlight=False, markup=False)
         console.print(_table(group))
-    _print_reasons(rows, console)
+    for _, reason in reasons(rows):
+        console.print(reason, highlight=False, markup=False, soft_wrap=True)
 
 
 def _table(rows: Sequence[Row]) -> Table:
@@ -82,26 +93,28 @@ def fastest(rows: Sequence[Row], like: Row) -> Row:
     return min(peers, key=lambda row: row.median_ms or 0.0)
 
 
-def _print_reasons(rows: Sequence[Row], console: Console) -> None:
-    """What did not run, each reason once: for whom, and where it was not so everywhere. Reasons that differ in their
-    numbers only are one, told with the numbers of its first case."""
+def reasons(rows: Sequence[Row]) -> list[tuple[str, str]]:
+    """What did not run, each reason once, as (status, sentence): for whom, and where it was not so everywhere. Reasons
+    that differ in their numbers only are one, told with the numbers of its first case."""
     everywhere = {(row.workload, row.seq_len) for row in rows}
-    reasons: dict[tuple[str, str], dict[str, set[tuple[str, int]]]] = {}
+    found: dict[tuple[str, str], dict[str, set[tuple[str, int]]]] = {}
     notes: dict[tuple[str, str], dict[str, Row]] = {}  # of each reason, the different notes
     for row in rows:
         if not row.timed:
             reason = (row.status, re.sub(r"\d+(\.\d+)?", "#", row.note))
-            reasons.setdefault(reason, {}).setdefault(row.label, set()).add((row.workload, row.seq_len))
+            found.setdefault(reason, {}).setdefault(row.label, set()).add((row.workload, row.seq_len))
             notes.setdefault(reason, {}).setdefault(row.note, row)
-    for reason, labels in reasons.items():
-        who = [label + ("" if places == everywhere else f" ({_where(places)})") for label, places in labels.items()]
+    told = []
+    for reason, labels in found.items():
+        who = [label + ("" if places == everywhere else f" ({where(places)})") for label, places in labels.items()]
         (note, row), *others = notes[reason].items()
         first = f" (T={row.seq_len}, {row.workload})" if others else ""
-        console.print(f"{', '.join(who)}: {reason[0]}. {note}{first}", highlight=False, markup=False, soft_wrap=True)
+        told.append((reason[0], f"{', '.join(who)}: {reason[0]}. {note}{first}"))
+    return told
 
 
-def _where(places: set[tuple[str, int]]) -> str:
-    """'T=1024, 2048' of one workload, or of as many as there are."""
+def where(places: set[tuple[str, int]]) -> str:
+    """Of (workload, T): 'T=1024, 2048' of one workload, or of as many as there are."""
     lengths = ", ".join(str(length) for length in sorted({length for _, length in places}))
     names = sorted({name for name, _ in places})
     return f"T={lengths}, {names[0] if len(names) == 1 else f'{len(names)} workloads'}"

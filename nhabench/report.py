@@ -1,0 +1,193 @@
+"""A folder of results as one HTML file that needs nothing beside it: findings, provenance, plots and their data."""
+
+from __future__ import annotations
+
+import csv
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+
+import jinja2
+from matplotlib.figure import Figure
+
+from nhabench.data import Table, floor_data, latency_data, provenance, roofline_data, speedup_data
+from nhabench.findings import crossing, findings, marked, overview
+from nhabench.plots import floor, latency, speedup, to_svg
+from nhabench.results import Row, is_table, load_rows, replace_file
+from nhabench.roofline import roofline
+from nhabench.tables import grouped, reasons, shape
+
+FILE_NAME = "report.html"
+
+Draw = Callable[[Sequence[Row]], Figure | None]
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A plot and its data. `finding` is what it says, for who cannot see it; `panels`: how wide it is drawn."""
+
+    kind: str
+    finding: str
+    svg: str
+    panels: int
+    table: Table
+
+
+@dataclass(frozen=True)
+class Group:
+    """One workload, dtype and device."""
+
+    anchor: str
+    title: str
+    subject: str
+    crossing: str
+    findings: list[str]
+    plots: list[Plot]
+
+
+@dataclass(frozen=True)
+class Section:
+    """One CSV, direction and device."""
+
+    title: str
+    overview: str
+    groups: list[Group]
+    incorrect: list[str]
+    absent: list[str]
+    marks: list[str]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What the page shows. `left_out`: files that are no tables of results, or hold no rows, and why."""
+
+    folder: str
+    files: list[str]
+    left_out: dict[str, str]
+    rows: list[Row]
+    sections: list[Section]
+    machines: Table
+    runs: Table
+
+    @property
+    def devices(self) -> list[str]:
+        """Every device of the rows, once."""
+        return list(dict.fromkeys(row.device for row in self.rows))
+
+    @property
+    def days(self) -> list[str]:
+        """The first and the last day of the rows, one where they are the same."""
+        days = sorted(row.date[:10] for row in self.rows)
+        return list(dict.fromkeys((days[0], days[-1])))
+
+
+def find_tables(folder: Path) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """(rows by file, left-out files with the reason) of the folder's CSVs and those of its subfolders.
+
+    Files are named relative to the folder. Raises ValueError where no file holds rows, or one is of another version;
+    OSError where one cannot be read.
+    """
+    tables: dict[str, list[Row]] = {}
+    left_out: dict[str, str] = {}
+    for path in (*sorted(folder.glob("*.csv")), *sorted(folder.glob("*/*.csv"))):
+        name = path.relative_to(folder).as_posix()
+        try:
+            if not is_table(path):
+                left_out[name] = "not a table of results"
+                continue
+            rows = load_rows(path)
+        except csv.Error as error:
+            raise ValueError(f"{name}: expected CSV, got: {error}") from error
+        except ValueError as error:
+            raise ValueError(f"{name.removesuffix(path.name)}{error}") from error  # it begins with the file's name
+        if rows:
+            tables[name] = rows
+        else:
+            left_out[name] = "holds no rows"
+    if not tables:
+        found = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "no CSV"
+        raise ValueError(f"expected a folder with a CSV that bench wrote, got {folder.name or folder}: {found}")
+    return tables, left_out
+
+
+def build_report(folder: Path) -> Report:
+    """Read a folder and draw its plots. Raises as find_tables."""
+    tables, left_out = find_tables(folder)
+    taken: set[str] = set()
+    sections = []
+    for name, rows in tables.items():
+        parts: dict[tuple[str, str], list[Row]] = {}
+        for row in rows:
+            parts.setdefault((row.direction, row.device), []).append(row)
+        sections += [_section(name, part, taken) for part in parts.values()]
+    every = [row for rows in tables.values() for row in rows]
+    return Report(folder.resolve().name, list(tables), left_out, every, sections, *provenance(tables))
+
+
+def write_report(report: Report, path: Path) -> int:
+    """Render the page into a file, whole or not at all; returns its bytes. Raises OSError."""
+    template = resources.files("nhabench").joinpath("report.html.jinja").read_text(encoding="utf-8")
+    environment = jinja2.Environment(
+        autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    page = environment.from_string(template).render(report=report)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    replace_file(path, page)
+    return len(page.encode())
+
+
+def summary(report: Report) -> dict[str, object]:
+    """What a program may want to know of a report, ready for JSON."""
+    groups = [group for section in report.sections for group in section.groups]
+    return {
+        "files": report.files,
+        "left_out": report.left_out,
+        "devices": report.devices,
+        "rows": len(report.rows),
+        "timed": sum(row.timed for row in report.rows),
+        "plots": sum(len(group.plots) for group in groups),
+        "findings": {group.anchor: [group.crossing, *group.findings] for group in groups},
+    }
+
+
+def _section(name: str, rows: Sequence[Row], taken: set[str]) -> Section:
+    groups = list(grouped(rows).values())
+    told = reasons(rows)
+    return Section(
+        title=f"{name}: {rows[0].direction}, {rows[0].device}",
+        overview=overview(groups),
+        groups=[_group(name, group, taken) for group in groups],
+        incorrect=[sentence for status, sentence in told if status == "incorrect"],
+        absent=[sentence for status, sentence in told if status != "incorrect"],
+        marks=marked(rows),
+    )
+
+
+def _group(name: str, rows: Sequence[Row], taken: set[str]) -> Group:
+    first = rows[0]
+    anchor = re.sub(r"[^a-z0-9.]+", "-", f"{name.removesuffix('.csv')}-{first.workload}-{first.dtype}".lower())
+    while anchor in taken:  # on a second device
+        anchor += "-more"
+    taken.add(anchor)
+    subject = f"{first.direction} on {first.device}, {shape(first)}, {first.dtype}; {name}"
+    plots = list(_plots(rows, anchor))
+    return Group(anchor, first.workload, subject, crossing(rows), findings(rows), plots)
+
+
+# What is drawn, with its data and the number of its panels side by side.
+_KINDS: tuple[tuple[str, Draw, Callable[[Sequence[Row]], Table], int], ...] = (
+    ("latency", latency, latency_data, 1),
+    ("speed-up", speedup, speedup_data, 1),
+    ("floor", floor, floor_data, 3),
+    ("roofline", roofline, roofline_data, 1),
+)
+
+
+def _plots(rows: Sequence[Row], anchor: str) -> Iterator[Plot]:
+    """The plots that have a line."""
+    for kind, draw, data, panels in _KINDS:
+        figure = draw(rows)
+        if figure is not None:
+            yield Plot(kind, str(figure.get_label()), to_svg(figure, f"{anchor}-{kind}"), panels, data(rows))
