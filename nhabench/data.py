@@ -67,10 +67,14 @@ def _scaled(value: float | None, factor: float) -> float | None:
 
 
 def _of_rows(rows: Iterable[Row], *columns: Columns) -> Table:
-    """One line for each row, by rising T: NHA first, then the other families; in each the implementation first that
-    came to the largest T, and there was the fastest."""
-    every = {title: value for part in columns for title, value in part.items()}
+    """One line for each row, by rising T, in the columns of which anything is known.
+
+    NHA first, then the other families; in each the implementation first that came to the largest T, and there was the
+    fastest.
+    """
     lines = sorted(rows, key=lambda row: (row.seq_len, row.batch))
+    known = {title: value for part in columns for title, value in part.items()}
+    every = {title: value for title, value in known.items() if any(value(row) is not None for row in lines)}
     last = {row.implementation: (-row.seq_len, time_of(row)) for row in lines}
     lines.sort(key=lambda row: (FAMILIES.index(row.family), last[row.implementation], row.implementation))
     return table(list(every), ([value(row) for value in every.values()] for row in lines))
