@@ -78,6 +78,11 @@ _HALO = [patheffects.withStroke(linewidth=2.5, foreground="white")]
 Lines = dict[str, list[Row]]
 
 
+def length_of(row: Row) -> float:
+    """T, where lines lie."""
+    return row.seq_len
+
+
 def _lines(rows: Sequence[Row], families: Sequence[str]) -> Lines:
     """Timed rows by implementation, each by rising T; at one T the last row of the file stands."""
     found: dict[str, dict[int, Row]] = {}
@@ -114,11 +119,11 @@ def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
         for kind, draw in (("latency", latency), ("speedup", speedup), ("floor", floor)):
             figure = draw(group)
             if figure is not None:
-                written.append(_save(figure, folder / f"{stem}-{kind}.png"))
+                written.append(save(figure, folder / f"{stem}-{kind}.png"))
     return written
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save(figure: Figure, path: Path) -> Path:
     """Write whole or not at all, as the CSV."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_name(path.name + ".part")
@@ -159,13 +164,16 @@ def new_figure(panels: int, right: float) -> tuple[Figure, list[Axes]]:
     return figure, axes
 
 
-def headline(figure: Figure, finding: str, subject: str, rows: Sequence[Row], absent: Sequence[str]) -> None:
+def headline(
+    figure: Figure, finding: str, subject: str, rows: Sequence[Row], absent: Sequence[str], sizes: str = ""
+) -> None:
     """The finding first, then what was measured where, and what a reader should know about the rows; in the corner the
-    names of what is not drawn. The finding is the figure's label too."""
+    names of what is not drawn. The finding is the figure's label too. sizes: what the rows share, the workload by
+    default."""
     left, row = figure.subplotpars.left, rows[0]
     figure.set_label(finding)
     figure.text(left, 0.975, finding, fontsize=13, fontweight="bold", va="top")
-    where = f"{subject} on {row.device}: {row.workload} ({shape(row)}, {row.dtype})"
+    where = f"{subject} on {row.device}: {sizes or f'{row.workload} ({shape(row)}, {row.dtype})'}"
     remarks = [remark] if (remark := of_several_runs(rows)) else []
     if any(HOST_TIME in row.timer for row in rows):
         remarks.append("hollow: includes host time")
@@ -214,14 +222,17 @@ def log_axis(axis: Axes, unit: str = "") -> None:
     axis.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def _draw_line(axis: Axes, rows: Sequence[Row], value: Callable[[Row], float], leads: bool) -> None:
+def draw_line(
+    axis: Axes, rows: Sequence[Row], value: Callable[[Row], float], leads: bool, at: Callable[[Row], float] = length_of
+) -> None:
+    """An implementation's line over T, or over what else `at` gives; hollow where host time is in it."""
     style = style_of(rows[0])
-    x, y = [row.seq_len for row in rows], [value(row) for row in rows]
+    x, y = [at(row) for row in rows], [value(row) for row in rows]
     axis.plot(
         x, y, color=style.color, marker=style.marker, linestyle=style.line, linewidth=2.8 if leads else 1.3,
         markersize=5.5, zorder=4 if leads else 3,
     )  # fmt: skip
-    hollow = [(row.seq_len, value(row)) for row in rows if HOST_TIME in row.timer]
+    hollow = [(at(row), value(row)) for row in rows if HOST_TIME in row.timer]
     if hollow:
         axis.plot(
             *zip(*hollow, strict=True), color=style.color, marker=style.marker, linestyle="none", markersize=5.5,
@@ -258,14 +269,17 @@ def name_of(row: Row) -> str:
     return row.label.removesuffix(" (plain PyTorch)")
 
 
-def _ends(lines: Lines, value: Callable[[Row], float], leaders: set[str]) -> list[End]:
+def ends_of(
+    lines: Lines, value: Callable[[Row], float], leaders: set[str], at: Callable[[Row], float] = length_of
+) -> list[End]:
+    """The end of every line, those of the leaders in bold."""
     return [
-        End(row.seq_len, value(row), name_of(row), style_of(row).color, name in leaders)
+        End(at(row), value(row), name_of(row), style_of(row).color, name in leaders)
         for name, (*_, row) in lines.items()
     ]
 
 
-def _label_ends(axis: Axes, ends: Sequence[End]) -> None:
+def label_ends(axis: Axes, ends: Sequence[End]) -> None:
     """Name each line at its end; lines that end at the same length share a column in which no two names overlap."""
     last = max(end.x for end in ends)
     pixels_per_point = axis.figure.dpi / 72
@@ -289,12 +303,12 @@ def _label(axis: Axes, end: End, right: float, up: float) -> None:
     )  # fmt: skip
 
 
-def _draw_band(axis: Axes, rows: Sequence[Row]) -> None:
+def draw_band(axis: Axes, rows: Sequence[Row], at: Callable[[Row], float] = length_of) -> None:
     """Shade the medians' intervals; nothing where a row has none."""
-    lengths = [row.seq_len for row in rows]
+    places = [at(row) for row in rows]
     low = [math.nan if row.low_ms is None else row.low_ms for row in rows]
     high = [math.nan if row.high_ms is None else row.high_ms for row in rows]
-    axis.fill_between(lengths, low, high, color=style_of(rows[0]).color, alpha=0.25, linewidth=0)
+    axis.fill_between(places, low, high, color=style_of(rows[0]).color, alpha=0.25, linewidth=0)
 
 
 def latency(rows: Sequence[Row]) -> Figure | None:
@@ -307,8 +321,8 @@ def latency(rows: Sequence[Row]) -> Figure | None:
     leaders = leaders_of(rows, ("nha", "full"))
     _length_axis(axis, timed)
     for name, line in lines.items():
-        _draw_band(axis, line)
-        _draw_line(axis, line, time_of, name in leaders)
+        draw_band(axis, line)
+        draw_line(axis, line, time_of, name in leaders)
     log_axis(axis)
     axis.set_ylabel("median time of a forward call, ms; 95 % interval shaded")
     crossover = find_crossover(rows)
@@ -316,7 +330,7 @@ def latency(rows: Sequence[Row]) -> Figure | None:
         _mark_crossover(axis, crossover, rows)
     finding = crossover.sentence if crossover else "Forward latency"
     headline(figure, finding, "Forward latency", timed, absent)
-    _label_ends(axis, _ends(lines, time_of, leaders))
+    label_ends(axis, ends_of(lines, time_of, leaders))
     return figure
 
 
@@ -358,7 +372,7 @@ def speedup(rows: Sequence[Row]) -> Figure | None:
     leaders = leaders_of(rows, ("nha",))
     _length_axis(axis, timed)
     for name, line in lines.items():
-        _draw_line(axis, line, gain, name in leaders)
+        draw_line(axis, line, gain, name in leaders)
     axis.axhline(1.0, color=_BLUE, linestyle="--", linewidth=2.8, zorder=2)
     log_axis(axis, "x")
     axis.set_ylabel("speed relative to the fastest full attention")
@@ -366,7 +380,7 @@ def speedup(rows: Sequence[Row]) -> Figure | None:
     headline(figure, _speedup_finding(rows, gain), subject, [*timed, *full.values()], absent)
     names = " / ".join(dict.fromkeys(row.label.removeprefix("full: ") for row in full.values()))
     baseline = End(timed[-1].seq_len, 1.0, f"fastest full ({names})", _BLUE, bold=True)
-    _label_ends(axis, [*_ends(lines, gain, leaders), baseline])
+    label_ends(axis, [*ends_of(lines, gain, leaders), baseline])
     return figure
 
 
@@ -399,7 +413,7 @@ def floor(rows: Sequence[Row]) -> Figure | None:
         axis.set_xlabel("sequence length T")
         axis.set_title(title, fontsize=10, loc="left")
         for name, line in lines.items():
-            _draw_line(axis, line, value, name in leaders)
+            draw_line(axis, line, value, name in leaders)
         if ceiling is not None:
             axis.axhline(ceiling, color=_BLACK, linestyle="--", linewidth=1.2)
             text = f"{ceiling_name}: {ceiling:.3g}" if ceiling_name != "floor" else "the floor"
@@ -414,5 +428,5 @@ def floor(rows: Sequence[Row]) -> Figure | None:
     low, high = f"{min(reached):.2g}", f"{max(reached):.2g}"
     finding = f"{best.label} runs at {low if low == high else f'{low} to {high}'} % of the speed that the floor allows"
     headline(figure, finding, "Achieved rates of the forward pass", timed, absent)
-    _label_ends(axes[-1], _ends(lines, panels[-1][1], leaders))
+    label_ends(axes[-1], ends_of(lines, panels[-1][1], leaders))
     return figure

@@ -6,13 +6,15 @@ its own, whose rounds are the samples of that race: pytest-benchmark's tables, s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from nhabench.contender import Contender
 from nhabench.measure import Lab, measure_case
+from nhabench.plots import draw_all
 from nhabench.results import Row
 from nhabench.workloads import Case, Workload, load_workloads
 
@@ -29,12 +31,13 @@ class Suite:
     """What a file of suites/ measures.
 
     name: of its files in results/. cases: those that a device can afford, in a dtype. contenders: names, in the order
-    of tables; those that cannot run are skipped with their reason.
+    of tables; those that cannot run are skipped with their reason. draw: from rows, plots into a folder.
     """
 
     name: str
     cases: Callable[[torch.device, str], Iterable[Case]]
     contenders: tuple[str, ...]
+    draw: Callable[[Sequence[Row], Path], list[Path]] = draw_all
 
 
 class Clock:
@@ -56,11 +59,11 @@ class Clock:
 class Session:
     """What the benchmarks of a run share. lab: opened when the first case is measured.
 
-    keep: is given the rows of each case, with the name of the suite, as soon as there are any.
+    keep: is given the rows of each case, with its suite, as soon as there are any.
     """
 
     open: Callable[[], Lab]
-    keep: Callable[[str, list[Row]], object] = lambda suite, rows: None
+    keep: Callable[[Suite, list[Row]], object] = lambda suite, rows: None
     _lab: Lab | None = None
     _measured: dict[tuple[str, Case], dict[str, tuple[Row, tuple[float, ...]]]] = field(default_factory=dict)
 
@@ -73,6 +76,6 @@ class Session:
             samples: dict[str, tuple[float, ...]] = {}
             with torch.no_grad():
                 rows = measure_case(self._lab, case, list(contenders), lambda step: None, samples)
-            self.keep(suite.name, rows)
+            self.keep(suite, rows)
             self._measured[suite.name, case] = {row.implementation: (row, samples[row.implementation]) for row in rows}
         return self._measured[suite.name, case]

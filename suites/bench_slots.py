@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from nhabench.suite import Suite, model
+from nhabench.sweeps import draw_sweeps
 from nhabench.workloads import Case
 
 
@@ -15,7 +17,10 @@ def numbers_of_slots(device: torch.device, dtype: str) -> list[Case]:
     return [model(device).changed(slots=slots).case(length, dtype) for slots in (16, 32, 64, 128, 256)]
 
 
-SUITE = Suite("slots", numbers_of_slots, ("triton", "flash", "chunked", "sdpa-cudnn", "gsa"))
+SUITE = Suite(
+    "slots", numbers_of_slots, ("triton", "flash", "chunked", "sdpa-cudnn", "gsa"),
+    partial(draw_sweeps, "slots"),
+)  # fmt: skip
 
 
 def test_slots(device_time: Callable[[], None]) -> None:

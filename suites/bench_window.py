@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
 from nhabench.suite import Suite, model
+from nhabench.sweeps import draw_sweeps
 from nhabench.workloads import Case
 
 
@@ -16,7 +18,10 @@ def windows(device: torch.device, dtype: str) -> list[Case]:
     return [model(device).changed(window=width).case(length, dtype) for width in widths]
 
 
-SUITE = Suite("window", windows, ("triton", "flash", "chunked", "sdpa-cudnn", "sdpa-flash", "window", "linear"))
+SUITE = Suite(
+    "window", windows, ("triton", "flash", "chunked", "sdpa-cudnn", "sdpa-flash", "window", "linear"),
+    partial(draw_sweeps, "window"),
+)  # fmt: skip
 
 
 def test_window(device_time: Callable[[], None]) -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--device", help="cpu, cuda or cuda:N. A GPU where there is one, by default.")
     group.addoption("--dtype", help="bfloat16 on a GPU, float32 on a CPU, by default.")
     group.addoption("--seconds-per-case", type=float, default=2.0, help="Time limit of timing at each B x T.")
-    group.addoption("--results", type=Path, help="Folder that gets <suite>.csv, with the provenance of every row.")
+    group.addoption("--results", type=Path, help="Folder that gets <suite>.csv, and its plots in <suite>/.")
 
 
 def _device(config: pytest.Config) -> torch.device:
@@ -57,10 +57,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def session(request: pytest.FixtureRequest) -> Session:
+def session(request: pytest.FixtureRequest) -> Iterator[Session]:
     config = request.config
     results: Path | None = config.getoption("results")
-    files: dict[str, ResultFile] = {}
+    files: dict[str, tuple[Suite, ResultFile]] = {}
 
     def open_lab() -> Lab:
         command = shlex.join(["pytest", *config.invocation_params.args])
@@ -68,13 +68,14 @@ def session(request: pytest.FixtureRequest) -> Session:
         dtype = Case(Workload("any", 1, 1, 1), 1, 1, _dtype(config)).torch_dtype
         return make_lab(_device(config), dtype, command, seconds)
 
-    def keep(suite: str, rows: list[Row]) -> None:
+    def keep(suite: Suite, rows: list[Row]) -> None:
         if results is not None:
-            if suite not in files:
-                files[suite] = ResultFile(results / f"{suite}.csv")
-            files[suite].put(rows)
+            _, file = files.setdefault(suite.name, (suite, ResultFile(results / f"{suite.name}.csv")))
+            file.put(rows)
 
-    return Session(open_lab, keep)
+    yield Session(open_lab, keep)
+    for suite, file in files.values():  # into a folder of their own: two suites may draw the same workload
+        suite.draw(file.rows, file.path.with_suffix(""))
 
 
 @pytest.fixture

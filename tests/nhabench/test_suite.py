@@ -45,7 +45,7 @@ def test_a_case_is_measured_once_for_all_its_contenders(
     monkeypatch.setattr(module, "measure_case", measure)
     kept: list[tuple[str, int]] = []
     opened: list[int] = []
-    session = Session(lambda: opened.append(1) or object(), lambda suite, rows: kept.append((suite, len(rows))))  # type: ignore
+    session = Session(lambda: opened.append(1) or object(), lambda suite, rows: kept.append((suite.name, len(rows))))  # type: ignore
     names: Any = ["a", "b"]
     one, other = (Case(tiny, 1, length, "float32") for length in (8, 16))
     for name, case in (("x", one), ("x", one), ("x", other), ("y", one)):
@@ -59,8 +59,10 @@ def test_a_case_is_measured_once_for_all_its_contenders(
 
 @pytest.mark.parametrize("file", sorted(SUITES.glob("bench_*.py")), ids=lambda file: file.stem)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_suite_has_cases_for_every_device(file: Path, device: str) -> None:
-    """And names only contenders that there are."""
+def test_every_suite_has_cases_for_every_device(
+    file: Path, device: str, row: Callable[..., Row], tmp_path: Path
+) -> None:
+    """And names only contenders that there are, and draws what it measures."""
     scope: dict[str, Any] = {}
     exec(compile(file.read_text(), file.name, "exec"), scope)
     suite = scope["SUITE"]
@@ -68,6 +70,17 @@ def test_every_suite_has_cases_for_every_device(file: Path, device: str) -> None
     cases = list(suite.cases(torch.device(device), "float32"))
     assert len(cases) == len(set(cases)) > 1
     assert len(all_contenders(suite.contenders)) == len(suite.contenders)
+    shapes = [(case, case.workload) for case in cases[:3]]
+    rows = [
+        row(
+            workload=w.name, q_heads=w.q_heads, kv_heads=w.kv_heads, head_dim=w.head_dim, slots=w.slots,
+            window=w.window, batch=case.batch, seq_len=case.seq_len,
+        )
+        for case, w in shapes
+    ]  # fmt: skip
+    drawn = suite.draw(rows, tmp_path)
+    assert drawn
+    assert all(path.parent == tmp_path for path in drawn)
 
 
 TINY = """
