@@ -19,7 +19,8 @@ from rich.table import Table
 from rich.text import Text
 
 from nha_kernels import BACKENDS
-from nhabench.bench import EXIT_DEVICE, Options, all_contenders, run, terminable
+from nhabench.bench import EXIT_DEVICE, Options, all_contenders, make_lab, run, terminable
+from nhabench.cheats import plant
 from nhabench.compare import EXIT_CODES, LIMITS, worst
 from nhabench.environment import checkout, device_name, device_slug, differs, named_commit, read_environment
 from nhabench.gpu import GpuWatch
@@ -32,6 +33,7 @@ from nhabench.results import load_rows
 from nhabench.selftest import passed, run_trials
 from nhabench.workloads import DTYPES, SEQ_LENS, Case, Workload, cases, load_workloads, select
 
+CHEAT_SECONDS = 0.2  # of timing beside each planted cheat
 WIDE = 200  # columns of output that is not a terminal's
 
 app = typer.Typer(
@@ -334,7 +336,7 @@ def selftest(
 
     A call is compared with itself, and with itself slowed down, in one process. Exit code 0: at most 1 % of the
     comparisons between equals said 'regress', at least 95 % of those with a call slower by twice the limit or more did,
-    and what was measured is what it was slowed down by; 1: not so.
+    what was measured is what it was slowed down by, and every planted cheat was caught or of no use; 1: not so.
     """
     _at_least(1, comparisons=comparisons)
     _at_least(0, seconds=seconds)
@@ -349,10 +351,13 @@ def selftest(
         trials = run_trials(
             contender, case, where, bound, comparisons or count, time if seconds is None else seconds, status.update
         )
-    good = passed(trials, bound)
+        status.update("planting cheats")
+        planted = plant(make_lab(where, case.torch_dtype, "", CHEAT_SECONDS), case, name)
+    good = passed(trials, bound) and all(one.caught for one in planted)
     if as_json:
         told = {"device": device_name(where), "case": str(case), "limit": bound, "passed": good}
-        print(json.dumps({**told, "trials": [dataclasses.asdict(trial) for trial in trials]}))
+        trial_rows, cheat_rows = map(dataclasses.asdict, trials), map(dataclasses.asdict, planted)
+        print(json.dumps({**told, "trials": list(trial_rows), "cheats": list(cheat_rows)}))
     else:
         table = Table(
             "slower by", "measured", "comparisons", "regress", "inconclusive", title=f"{contender.label}, {case}"
@@ -360,7 +365,10 @@ def selftest(
         for one in trials:
             counts = (one.comparisons, one.regress, one.inconclusive)
             table.add_row(f"{one.slowdown:.1%}", f"{one.measured:.2%}", *map(str, counts))
-        _console().print(table, "passed" if good else "failed")
+        cheats = Table("planted cheat", "caught", "what was said", title="Cheats")
+        for planting in planted:
+            cheats.add_row(planting.name, "yes" if planting.caught else "NO", Text(planting.told))
+        _console().print(table, cheats, "passed" if good else "failed")
     raise typer.Exit(0 if good else 1)
 
 

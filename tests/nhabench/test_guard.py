@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -10,11 +11,12 @@ import torch
 
 from nhabench import reference
 from nhabench.baselines import masked_softmax
+from nhabench.cheats import CHEATS, Cheat, slows_the_clock, writes
 from nhabench.contender import Contender
 from nhabench.environment import read_environment
 from nhabench.floors import Ceilings
 from nhabench.gpu import GpuWatch
-from nhabench.guard import NO_TENSOR, REMEMBERED, SPOILT, UNCHECKED, WROTE, fingerprint, marks, refill
+from nhabench.guard import SPOILT, UNCHECKED, WROTE, fingerprint, marks, refill
 from nhabench.implementations import attend
 from nhabench.inputs import Inputs, make_inputs
 from nhabench.measure import Lab, measure_case
@@ -48,73 +50,22 @@ def right(inputs: Inputs) -> torch.Tensor:
     return attend(inputs, "chunked")
 
 
-def remembers() -> Callable[[Inputs], torch.Tensor]:
-    """The work once for every tensor that comes, whatever it holds later."""
-    known: dict[int, torch.Tensor] = {}
-
-    def run(inputs: Inputs) -> torch.Tensor:
-        if id(inputs.q) not in known:
-            known[id(inputs.q)] = right(inputs)
-        return known[id(inputs.q)]
-
-    return run
-
-
-def idle(calls: int) -> Callable[[Inputs], torch.Tensor]:
-    """The work a few times, for the check; then nothing."""
-    made: list[torch.Tensor] = []
-
-    def run(inputs: Inputs) -> torch.Tensor:
-        made.append(right(inputs) if len(made) < calls else torch.zeros_like(made[0]))
-        return made[-1]
-
-    return run
-
-
-def writes(name: str, after: int = 0, fails: bool = False) -> Callable[[], Callable[[Inputs], torch.Tensor]]:
-    """The tokens of one input in another order, from some call on."""
-
-    def made() -> Callable[[Inputs], torch.Tensor]:
-        calls = iter(range(10**6))
-
-        def run(inputs: Inputs) -> torch.Tensor:
-            o = right(inputs)
-            if next(calls) >= after:
-                x = getattr(inputs, name)
-                x.copy_(x.flip(1))
-                if fails:
-                    raise RuntimeError("it broke")
-            return o
-
-        return run
-
-    return made
-
-
-class Lazy(torch.Tensor):
-    """Looks like an output; the work begins when it is read."""
-
-
-def lazy(inputs: Inputs) -> torch.Tensor:
-    return right(inputs).as_subclass(Lazy)
-
-
-CHEATS: dict[str, tuple[Callable[[], Callable[[Inputs], torch.Tensor]], str]] = {
-    "it remembers": (remembers, REMEMBERED),
-    "it idles once it was checked": (lambda: idle(1), UNCHECKED),
-    "it idles once it is warm": (lambda: idle(4), UNCHECKED),
-    **{f"it writes into {name}": (writes(name), WROTE) for name in "qkvg"},
-    "it writes when it is timed": (writes("k", after=3), WROTE),
-    "its output is lazy": (lambda: lazy, NO_TENSOR),
-}
-
-
-@pytest.mark.parametrize("name", CHEATS)
-def test_cheats_get_no_time_and_cost_the_others_nothing(name: str, measure: Measure, contenders: Any) -> None:
-    cheat, reason = CHEATS[name]
-    rows = measure(contenders.nha("cheat", cheat()), contenders.nha("honest"))
-    assert (rows["cheat"].status, rows["cheat"].note, rows["cheat"].median_ms) == ("incorrect", reason, None)
+@pytest.mark.parametrize("cheat", CHEATS, ids=lambda cheat: cheat.name)
+def test_cheats_get_no_time_and_cost_the_others_nothing(cheat: Cheat, measure: Measure, contenders: Any) -> None:
+    rows = measure(contenders.nha("cheat", cheat.make(right)), contenders.nha("honest"))
+    assert (rows["cheat"].status, rows["cheat"].note, rows["cheat"].median_ms) == ("incorrect", cheat.note, None)
     assert rows["honest"].status == "ok"
+
+
+def test_a_clock_that_is_slowed_down_slows_no_time_down(
+    measure: Measure, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = time.perf_counter
+    monkeypatch.setattr(time, "perf_counter", real)  # puts it back afterwards
+    rows = measure(contenders.nha("cheat", slows_the_clock(right)), contenders.nha("honest"))
+    assert time.perf_counter is not real
+    assert rows["cheat"].status == rows["honest"].status == "ok"
+    assert rows["cheat"].median_ms > 0.4 * rows["honest"].median_ms  # type: ignore[operator]
 
 
 @pytest.mark.parametrize("what", ["a table", "the rotated keys"])
@@ -140,7 +91,13 @@ def test_what_comes_with_a_rotary_embedding_is_guarded_too(what: str, measure: M
 
 
 def test_who_writes_and_then_fails_spoils_nothing(measure: Measure, contenders: Any) -> None:
-    rows = measure(contenders.nha("cheat", writes("k", fails=True)()), contenders.nha("honest"))
+    writing = writes("k")(right)
+
+    def fails(inputs: Inputs) -> torch.Tensor:
+        writing(inputs)
+        raise RuntimeError("it broke")
+
+    rows = measure(contenders.nha("cheat", fails), contenders.nha("honest"))
     assert rows["cheat"].status == "failed"
     assert rows["honest"].status == "ok"
 

@@ -11,10 +11,15 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nhabench import cli, selftest
+from nhabench import cli, measure, reference, selftest
+from nhabench.cheats import CHEATS, Planted, plant
 from nhabench.compare import Ratio
+from nhabench.environment import read_environment
+from nhabench.floors import Ceilings
+from nhabench.gpu import GpuWatch
+from nhabench.measure import Lab
 from nhabench.selftest import MULTIPLES, Trial, passed, pause_of, run_trials
-from nhabench.timing import Sample, Stopwatch
+from nhabench.timing import Sample, Stopwatch, WallClock
 from nhabench.workloads import Workload
 
 CPU = torch.device("cpu")
@@ -84,8 +89,25 @@ def test_the_second_side_is_slower_by_what_is_said(
     assert len(steps) == 2 * len(MULTIPLES)
 
 
-@pytest.mark.parametrize("works", [True, False])
-def test_the_shell_is_told(works: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_cheat_is_caught_or_of_no_use(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reference, "SMALL_LENGTH", 32)
+    clock = time.perf_counter
+    watch = GpuWatch(CPU)
+    lab = Lab(CPU, WallClock(), watch, read_environment(CPU, watch, ""), Ceilings(1, 1), seconds=0.02)
+    with torch.no_grad():
+        planted = plant(lab, tiny.case(100, "float32"), "chunked")
+    assert len(planted) == len(CHEATS) + 1
+    assert [one.name for one in planted if not one.caught] == []
+    assert time.perf_counter is clock
+    # Without the guard they pass for honest.
+    monkeypatch.setattr(measure, "_look_again", lambda entry, inputs: None)
+    with torch.no_grad():
+        missed = {one.name for one in plant(lab, tiny.case(100, "float32"), "chunked") if not one.caught}
+    assert {"it remembers its output", "it idles once it is warm"} <= missed
+
+
+@pytest.mark.parametrize(("works", "caught"), [(True, True), (False, True), (True, False)])
+def test_the_shell_is_told(works: bool, caught: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     ratios = iter(range(10**6))
 
     def turns(base: object, new: object, seconds: float) -> Ratio:
@@ -93,11 +115,15 @@ def test_the_shell_is_told(works: bool, monkeypatch: pytest.MonkeyPatch) -> None
         return Ratio(1 + slower, 0.99 + slower, 1.01 + slower, 9)
 
     monkeypatch.setattr(selftest, "take_turns", turns)
+    monkeypatch.setattr(cli, "make_lab", lambda *_: None)
+    monkeypatch.setattr(cli, "plant", lambda *_: [Planted("it lies", caught, "what it was told")])
+    good = works and caught
     done = CliRunner().invoke(cli.app, ["selftest", "--device", "cpu", "--comparisons", "3", "--json"])
     told = json.loads(done.stdout)
-    assert (done.exit_code, told["passed"], told["limit"]) == (0 if works else 1, works, 0.1)
+    assert (done.exit_code, told["passed"], told["limit"]) == (0 if good else 1, good, 0.1)
     assert [trial["regress"] for trial in told["trials"]] == ([0, 0, 3, 3] if works else [0, 0, 0, 0])
+    assert told["cheats"] == [{"name": "it lies", "caught": caught, "told": "what it was told"}]
     ratios = iter(range(10**6))
     done = CliRunner().invoke(cli.app, ["selftest", "--device", "cpu", "--comparisons", "3"])
-    assert ("passed" if works else "failed") in done.stdout
-    assert "20.0%" in done.stdout
+    for word in ("passed" if good else "failed", "20.0%", "it lies", "what it was told", "yes" if caught else "NO"):
+        assert word in done.stdout

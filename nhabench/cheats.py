@@ -1,0 +1,147 @@
+"""Contenders that cheat, and what each should be told: planted, to see that they are caught."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from nhabench import guard
+from nhabench.contender import Contender
+from nhabench.floors import nha_floor
+from nhabench.implementations import attend
+from nhabench.inputs import Inputs
+from nhabench.measure import Lab, measure_case
+from nhabench.workloads import Case
+
+USELESS = 0.5  # of the honest time: a clock that goes at a tenth of its rate would show a tenth
+
+Run = Callable[[Inputs], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Cheat:
+    """One way to cheat: `make` gives a fresh one, around the honest work. `note`: what its row should say; "" where it
+    cannot be told from honest work, but must not help either."""
+
+    name: str
+    make: Callable[[Run], Run]
+    note: str
+
+
+def remembers(honest: Run) -> Run:
+    """The work once for every tensor that comes, whatever it holds later."""
+    known: dict[int, torch.Tensor] = {}
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        if id(inputs.q) not in known:
+            known[id(inputs.q)] = honest(inputs)
+        return known[id(inputs.q)]
+
+    return run
+
+
+def idles(after: int) -> Callable[[Run], Run]:
+    """The work a few times, for the check; then nothing."""
+
+    def make(honest: Run) -> Run:
+        made: list[torch.Tensor] = []
+
+        def run(inputs: Inputs) -> torch.Tensor:
+            made.append(honest(inputs) if len(made) < after else torch.zeros_like(made[0]))
+            return made[-1]
+
+        return run
+
+    return make
+
+
+def writes(name: str, after: int = 0) -> Callable[[Run], Run]:
+    """The tokens of one input in another order, from some call on."""
+
+    def make(honest: Run) -> Run:
+        calls = iter(range(10**6))
+
+        def run(inputs: Inputs) -> torch.Tensor:
+            o = honest(inputs)
+            if next(calls) >= after:
+                x = getattr(inputs, name)
+                x.copy_(x.flip(1))
+            return o
+
+        return run
+
+    return make
+
+
+class Lazy(torch.Tensor):
+    """Looks like an output; the work could begin when it is read."""
+
+
+def lazy(honest: Run) -> Run:
+    """An output that is none yet."""
+    return lambda inputs: honest(inputs).as_subclass(Lazy)
+
+
+CHEATS = (
+    Cheat("it remembers its output", remembers, guard.REMEMBERED),
+    Cheat("it idles once it was checked", idles(1), guard.UNCHECKED),
+    Cheat("it idles once it is warm", idles(4), guard.UNCHECKED),
+    *(Cheat(f"it writes into {name}", writes(name), guard.WROTE) for name in "qkvg"),
+    Cheat("it writes when it is timed", writes("k", after=3), guard.WROTE),
+    Cheat("its output is lazy", lazy, guard.NO_TENSOR),
+)
+
+
+def slows_the_clock(honest: Run) -> Run:
+    """A clock that goes at a tenth of its rate from the first call on."""
+    real = time.perf_counter
+    began = real()
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        time.perf_counter = lambda: began + (real() - began) / 10
+        return honest(inputs)
+
+    return run
+
+
+@dataclass(frozen=True)
+class Planted:
+    """How it ended: was it caught, or of no use, and did an honest contender beside it keep its time?
+
+    told: what its row says, or its time over the honest one's.
+    """
+
+    name: str
+    caught: bool
+    told: str
+
+
+def plant(lab: Lab, case: Case, backend: str) -> list[Planted]:
+    """Race every cheat, around the work of an NHA backend, against the honest backend at a case."""
+    found = []
+    for cheat in (*CHEATS, Cheat("it slows the clock", slows_the_clock, "")):
+        clock = time.perf_counter
+        contenders = [_contender(name, make, backend) for name, make in (("honest", _as_it_is), ("cheat", cheat.make))]
+        try:
+            honest, row = measure_case(lab, case, contenders, lambda step: None)
+        finally:
+            time.perf_counter = clock
+        if cheat.note:
+            caught, told = (row.status, row.note) == ("incorrect", cheat.note), row.note or row.status
+        else:
+            ratio = (row.median_ms or 0.0) / (honest.median_ms or 1.0)
+            caught, told = ratio > USELESS, f"{ratio:.2f} of the honest time"
+        found.append(Planted(cheat.name, caught and honest.timed, told))
+    return found
+
+
+def _as_it_is(honest: Run) -> Run:
+    return honest
+
+
+def _contender(name: str, make: Callable[[Run], Run], backend: str) -> Contender:
+    run = make(lambda inputs: attend(inputs, backend))
+    return Contender(name, f"NHA {name}", "nha", nha_floor, lambda inputs: lambda: run(inputs))
