@@ -27,8 +27,8 @@ SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 # a tile needs beyond its share. Triton 3.7 moves ten of the kernel for groups, 3.6 and 3.8 one.
 SPILLED = {"ends_kernel": 0, "resident_kernel": 40, "single_kernel": 300}
 SPILLED_WITH_FP32_GATES = {**SPILLED, "single_kernel": 1300}
-SPILLED_WITH_ROPE = {  # by Triton 3.6 and 3.7
-    "D128-NG4-W64-bfloat16-rope": 360,
+SPILLED_WITH_ROPE = {  # by Triton 3.6 to 3.8
+    "D128-NG4-W64-bfloat16-rope": 380,
     "D128-NG4-W64-float32-rope": 580,
     "D64-NG4-W64-bfloat16-rope": 100,
 }
@@ -76,7 +76,7 @@ def test_every_resident_variant_compiles(name: str) -> None:
     ]
     spilled = SPILLED_WITH_FP32_GATES if name.endswith("float32") else SPILLED
     if name.endswith("rope"):
-        spilled = {**SPILLED, "resident_kernel": SPILLED_WITH_ROPE.get(name, 180)}
+        spilled = {**SPILLED, "resident_kernel": SPILLED_WITH_ROPE.get(name, 210)}
     for row in rows:
         sass = row.pop("sass")
         assert row["target"] == "sm_90"
