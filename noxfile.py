@@ -27,11 +27,13 @@ def bench(session: nox.Session) -> None:
 
 @nox.session
 def suites(session: nox.Session) -> None:
-    """Run the suites under pytest-benchmark: nox -s suites -- [pytest's arguments]."""
+    """Run the suites under pytest-benchmark: nox -s suites -- [files of suites/] [pytest's arguments]."""
     session.install(*CONSTRAINTS, "--editable", ".[dev]")
+    chosen = any(argument.startswith("suites") for argument in session.posargs)
     session.run(
-        "pytest", *(session.posargs or ["suites"]), "--benchmark-enable", "--benchmark-columns=min,median,iqr,rounds"
-    )
+        "pytest", *([] if chosen else ["suites"]), "--benchmark-enable", "--benchmark-columns=min,median,iqr,rounds",
+        *session.posargs, interrupt_timeout=60, terminate_timeout=10,
+    )  # fmt: skip
 
 
 @nox.session

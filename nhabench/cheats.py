@@ -47,11 +47,10 @@ def idles(after: int) -> Callable[[Run], Run]:
     """The work a few times, for the check; then nothing."""
 
     def make(honest: Run) -> Run:
-        made: list[torch.Tensor] = []
+        calls = iter(range(10**9))
 
         def run(inputs: Inputs) -> torch.Tensor:
-            made.append(honest(inputs) if len(made) < after else torch.zeros_like(made[0]))
-            return made[-1]
+            return honest(inputs) if next(calls) < after else torch.zeros_like(inputs.q)
 
         return run
 
@@ -62,7 +61,7 @@ def writes(name: str, after: int = 0) -> Callable[[Run], Run]:
     """The tokens of one input in another order, from some call on."""
 
     def make(honest: Run) -> Run:
-        calls = iter(range(10**6))
+        calls = iter(range(10**9))
 
         def run(inputs: Inputs) -> torch.Tensor:
             o = honest(inputs)

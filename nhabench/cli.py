@@ -53,7 +53,7 @@ Dtype = Annotated[
 ]
 
 
-def _device(name: str | None) -> torch.device:
+def device_of(name: str | None) -> torch.device:
     """The asked device, or a GPU where there is one. A GPU has its number. Raises typer.BadParameter."""
     count = torch.cuda.device_count()
     try:
@@ -66,7 +66,7 @@ def _device(name: str | None) -> torch.device:
     return torch.device("cuda", device.index or 0) if device.type == "cuda" else device
 
 
-def _dtype(name: str | None, device: torch.device) -> str:
+def dtype_of(name: str | None, device: torch.device) -> str:
     """The asked dtype, or what models use on such a device. Raises typer.BadParameter."""
     chosen = name or ("float32" if device.type == "cpu" else "bfloat16")
     if chosen not in DTYPES:
@@ -172,7 +172,7 @@ def bench(
     """
     _at_least(1, slots=slots, tokens=tokens, seq_len=seq_len)
     _at_least(0, window=window, seconds_per_case=seconds_per_case)
-    where = _device(device)
+    where = device_of(device)
     _check_commit()  # before hours are spent on rows that would name none
     try:
         contenders = all_contenders(only or [])
@@ -186,7 +186,7 @@ def bench(
         "seconds-per-case": None if seconds_per_case == 2.0 else seconds_per_case,
     }  # fmt: skip
     options = Options(
-        cases=cases(shapes, seq_len or SEQ_LENS, _dtype(dtype, where)),
+        cases=cases(shapes, seq_len or SEQ_LENS, dtype_of(dtype, where)),
         contenders=contenders,
         device=where,
         seconds=seconds_per_case,
@@ -259,7 +259,7 @@ def regress(
     root = checkout()
     if root is None:
         raise typer.BadParameter("expected to be run from a checkout of the project, with git", param_hint="BASE")
-    where = _device(device)
+    where = device_of(device)
     shapes = _changed(_fitted(_workloads(workloads_file, workload or []), where), rope=rope)
     lengths = seq_len or [2048, 16384]
     if where.type == "cpu":
@@ -268,7 +268,7 @@ def regress(
     ref = base or ("HEAD" if differs("HEAD", FOLDER) else "HEAD~1")
     raise typer.Exit(
         _regress(
-            ref, root, cases(shapes, lengths, _dtype(dtype, where)), only or serving, where, seconds,
+            ref, root, cases(shapes, lengths, dtype_of(dtype, where)), only or serving, where, seconds,
             LIMITS[where.type] if limit is None else limit, as_json,
         )
     )  # fmt: skip
@@ -341,12 +341,12 @@ def selftest(
     _at_least(1, comparisons=comparisons)
     _at_least(0, seconds=seconds)
     _at_least(1e-6, limit=limit)
-    where = _device(device)
+    where = device_of(device)
     bound = LIMITS[where.type] if limit is None else limit
     name, length, count, time = ("triton", 2048, 200, 1.0) if where.type == "cuda" else ("chunked", 64, 10, 3.0)
     (contender,) = all_contenders([name])
     (shape,) = _fitted(_workloads(None, ["nha-340m"]), where)
-    case = shape.case(length, _dtype(None, where))
+    case = shape.case(length, dtype_of(None, where))
     with torch.no_grad(), _console(stderr=True).status("") as status:
         trials = run_trials(
             contender, case, where, bound, comparisons or count, time if seconds is None else seconds, status.update
@@ -379,7 +379,7 @@ def doctor(
 ) -> None:
     """What was found on this machine, what will therefore run in the benchmark, and what will not, and why."""
     _check_commit()
-    where = _device(device)
+    where = device_of(device)
     found = dataclasses.asdict(read_environment(where, GpuWatch(where), ""))
     for name in ("date", "command", "device_type"):
         del found[name]

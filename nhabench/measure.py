@@ -25,6 +25,7 @@ from nhabench.results import HOST_TIME, Row
 from nhabench.timing import Timer, Timing, race
 from nhabench.workloads import Case
 
+SHORT_OF_MEMORY = "GiB are free"
 LONGEST_CALL_S = {"cuda": 1.5, "cpu": 2.5}  # a call that is predicted to take longer is skipped
 
 
@@ -101,7 +102,8 @@ def earlier_rows(lab: Lab, case: Case, contenders: Sequence[Contender], rows: Se
     """Of `rows`, those that the same run left of a case before it was interrupted; None where it must be measured.
 
     The same run: the same command on the same commit, device and software. Of changed code, or code that git does not
-    know, nobody can say whether it is the same. What failed is measured again.
+    know, nobody can say whether it is the same. What failed, lacked memory or was not installed is measured again: that
+    may have been of that hour.
     """
     here = lab.environment
     if not here.git_sha or here.git_dirty is not False:
@@ -111,7 +113,7 @@ def earlier_rows(lab: Lab, case: Case, contenders: Sequence[Contender], rows: Se
     found = {
         row.implementation: row
         for row in rows
-        if row.status != "failed" and all(getattr(row, name) == value for name, value in same.items())
+        if not _of_the_hour(row) and all(getattr(row, name) == value for name, value in same.items())
     }
     if not all(contender.name in found for contender in contenders):
         return None
@@ -120,6 +122,12 @@ def earlier_rows(lab: Lab, case: Case, contenders: Sequence[Contender], rows: Se
         if row.median_ms is not None:
             lab.last[contender.name, case.workload, case.dtype] = (case, row.median_ms / 1e3)
     return earlier
+
+
+def _of_the_hour(row: Row) -> bool:
+    if row.status == "skipped":
+        return SHORT_OF_MEMORY in row.note
+    return row.status in ("failed", "out of memory", "unavailable")
 
 
 def measure_case(
@@ -181,7 +189,7 @@ def _turn_away(lab: Lab, case: Case, entry: Entry, needed: int, free: int) -> No
         entry.end("unsupported", cannot)
     elif needed > free:
         gib = 2**30
-        entry.end("skipped", f"The case needs {needed / gib:.1f} GiB; {free / gib:.1f} GiB are free.")
+        entry.end("skipped", f"The case needs {needed / gib:.1f} GiB; {free / gib:.1f} {SHORT_OF_MEMORY}.")
     elif predicted is not None and predicted > limit:
         before = lab.last[entry.contender.name, case.workload, case.dtype][0].seq_len
         entry.end(

@@ -91,14 +91,14 @@ def find_tables(folder: Path) -> tuple[dict[str, list[Row]], dict[str, str]]:
     """
     tables: dict[str, list[Row]] = {}
     left_out: dict[str, str] = {}
-    for path in (*sorted(folder.glob("*.csv")), *sorted(folder.glob("*/*.csv"))):
+    for path in filter(Path.is_file, (*sorted(folder.glob("*.csv")), *sorted(folder.glob("*/*.csv")))):
         name = path.relative_to(folder).as_posix()
         try:
             if not is_table(path):
                 left_out[name] = "not a table of results"
                 continue
             rows = load_rows(path)
-        except csv.Error as error:
+        except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{name}: expected CSV, got: {error}") from error
         except ValueError as error:
             raise ValueError(f"{name.removesuffix(path.name)}{error}") from error  # it begins with the file's name

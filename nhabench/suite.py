@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from nhabench.contender import Contender
-from nhabench.measure import Lab, measure_case
+from nhabench.measure import DeviceLost, Lab, measure_case
 from nhabench.plots import draw_all
 from nhabench.results import Row
 from nhabench.workloads import Case, Workload, load_workloads
@@ -30,8 +30,8 @@ def model(device: torch.device) -> Workload:
 class Suite:
     """What a file of suites/ measures.
 
-    name: of its files in results/. cases: those that a device can afford, in a dtype. contenders: names, in the order
-    of tables; those that cannot run are skipped with their reason. draw: from rows, plots into a folder.
+    name: of its files in results/. cases: those that a device can afford, in a dtype. contenders: by name;
+    those that cannot run are skipped with their reason. draw: from rows, plots into a folder.
     """
 
     name: str
@@ -74,8 +74,12 @@ class Session:
         if (suite.name, case) not in self._measured:
             self._lab = self._lab or self.open()
             samples: dict[str, tuple[float, ...]] = {}
-            with torch.no_grad():
-                rows = measure_case(self._lab, case, list(contenders), lambda step: None, samples)
-            self.keep(suite, rows)
+            try:
+                with torch.no_grad():
+                    rows = measure_case(self._lab, case, list(contenders), lambda step: None, samples)
+            except DeviceLost as lost:
+                self.keep(suite, lost.rows)
+                raise
             self._measured[suite.name, case] = {row.implementation: (row, samples[row.implementation]) for row in rows}
+            self.keep(suite, rows)
         return self._measured[suite.name, case]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -112,25 +112,31 @@ def _fastest(rows: Sequence[Row], size: Size, families: Sequence[str]) -> dict[i
 
 
 def finding(rows: Sequence[Row], size: Size) -> str:
-    """Up to which value NHA is faster than full attention, or how much its time grows."""
+    """At which values NHA is faster than full attention, or how much its time grows; each of them the fastest of its
+    family at each value."""
     letter = LETTERS[size]
     nha, full = _fastest(rows, size, ("nha",)), _fastest(rows, size, ("full",))
+    both = [value for value in nha if value in full]
     if not nha:
         return f"Time by {letter}"
-    least, most = min(nha), max(nha)
-    both = [value for value in nha if value in full]
     if not both or size == "slots":
+        least, most = min(nha), max(nha)
         growth = significant(time_of(nha[most]) / time_of(nha[least]), 2)
-        return f"{nha[most].label} takes {growth} times as long at {letter}={most} as at {letter}={least}"
-    faster = _while(both, lambda value: time_of(nha[value]) < time_of(full[value]))
-    name = full[both[0]].label.removeprefix("full: ")
+        who = _who([nha[least], nha[most]], "The fastest NHA")
+        return f"{who} takes {growth} times as long at {letter}={most} as at {letter}={least}"
+    faster = [value for value in both if time_of(nha[value]) < time_of(full[value])]
+    us = _who([nha[value] for value in faster or both], "The fastest NHA")
+    them = " or ".join(dict.fromkeys(full[value].label.removeprefix("full: ") for value in both))
     if not faster:
-        return f"{nha[both[0]].label} is slower than full attention ({name}) at {letter}={both[0]} already"
-    where = f"up to {letter}={faster[-1]}" if faster[-1] < both[-1] else f"at every {letter} measured"
-    return f"{nha[faster[-1]].label} is faster than full attention ({name}) {where}"
+        return f"{us} is slower than full attention ({them}) at every {letter} measured"
+    where = f"at {letter}={', '.join(map(str, faster))} only"
+    if faster == both:
+        where = f"at every {letter} measured"
+    elif faster == both[: len(faster)]:
+        where = f"up to {letter}={faster[-1]}"
+    return f"{us} is faster than full attention ({them}) {where}"
 
 
-def _while(values: Sequence[int], holds: Callable[[int], bool]) -> list[int]:
-    """The values before the first at which it does not hold."""
-    upto = next((index for index, value in enumerate(values) if not holds(value)), len(values))
-    return list(values[:upto])
+def _who(rows: Sequence[Row], several: str) -> str:
+    labels = list(dict.fromkeys(row.label for row in rows))
+    return labels[0] if len(labels) == 1 else f"{several} ({' or '.join(labels)})"

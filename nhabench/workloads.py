@@ -91,7 +91,7 @@ class Case:
     @property
     def torch_dtype(self) -> torch.dtype:
         """The dtype as torch names it."""
-        return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[self.dtype]
+        return torch_dtype(self.dtype)
 
     @property
     def tokens(self) -> int:
@@ -123,6 +123,11 @@ class Case:
 
     def __str__(self) -> str:
         return f"{self.workload.name} {self.batch} x {self.seq_len} {self.dtype}"
+
+
+def torch_dtype(name: str) -> torch.dtype:
+    """One of DTYPES as torch names it."""
+    return {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}[name]
 
 
 def parse_workloads(text: str, source: str) -> dict[str, Workload]:

@@ -3,20 +3,21 @@
 
 from __future__ import annotations
 
+import math
 import shlex
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from nhabench.bench import all_contenders, make_lab
+from nhabench.cli import device_of, dtype_of
 from nhabench.contender import Contender
-from nhabench.measure import Lab
+from nhabench.measure import DeviceLost, Lab
 from nhabench.results import ResultFile, Row
 from nhabench.suite import Clock, Session, Suite
-from nhabench.workloads import Case, Workload
+from nhabench.workloads import Case, torch_dtype
 
 CLOCK = Clock()
 # Beside a benchmark's times in pytest-benchmark's JSON: what they are worth, and where they come from.
@@ -24,6 +25,7 @@ SHOWN = (
     "implementation", "slots", "window", "timer", "cache", "stop", "note", "low_ms", "high_ms", "floor_ms",
     "floor_fraction", "error", "tolerance", "device", "git_sha", "git_dirty", "torch", "triton", "driver",
 )  # fmt: skip
+RESULTS = pytest.StashKey[dict[str, tuple[Suite, ResultFile]]]()
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -34,48 +36,75 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--results", type=Path, help="Folder that gets <suite>.csv, and its plots in <suite>/.")
 
 
-def _device(config: pytest.Config) -> torch.device:
-    return torch.device(config.getoption("device") or ("cuda:0" if torch.cuda.is_available() else "cpu"))
-
-
-def _dtype(config: pytest.Config) -> str:
-    return str(config.getoption("dtype") or ("float32" if _device(config).type == "cpu" else "bfloat16"))
+def pytest_configure(config: pytest.Config) -> None:
+    """Look at the options before anything is measured."""
+    results: Path | None = config.getoption("results")
+    seconds = config.getoption("seconds_per_case")
+    try:
+        dtype_of(config.getoption("dtype"), device_of(config.getoption("device")))
+    except Exception as error:  # of the command line's own kind
+        raise pytest.UsageError(str(error)) from error
+    if not 0 <= seconds < math.inf:
+        raise pytest.UsageError(f"--seconds-per-case: expected a number >= 0, got {seconds}")
+    if results is not None and results.exists() and not results.is_dir():
+        raise pytest.UsageError(f"--results: expected a folder, got {results.name}")
+    if config.getoption("numprocesses", None):
+        raise pytest.UsageError("--numprocesses: expected none: two workers would measure each other")
+    config.stash[RESULTS] = {}
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "device_time" not in metafunc.fixturenames:
         return
     suite: Suite = metafunc.module.SUITE
-    cases = list(suite.cases(_device(metafunc.config), _dtype(metafunc.config)))
+    device = device_of(metafunc.config.getoption("device"))
+    cases = list(suite.cases(device, dtype_of(metafunc.config.getoption("dtype"), device)))
     metafunc.parametrize("case", cases, ids=str, scope="module")
     metafunc.parametrize("contender", all_contenders(suite.contenders), ids=lambda one: one.name)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+        if "device_time" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+            # Of those that fail or are skipped.
+            item.add_marker(pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all"))
 
 
 @pytest.fixture(scope="session")
-def session(request: pytest.FixtureRequest) -> Iterator[Session]:
+def session(request: pytest.FixtureRequest) -> Session:
     config = request.config
     results: Path | None = config.getoption("results")
-    files: dict[str, tuple[Suite, ResultFile]] = {}
+    device = device_of(config.getoption("device"))
+    dtype = dtype_of(config.getoption("dtype"), device)
+    seconds = 0.0 if config.getoption("benchmark_disable") else config.getoption("seconds_per_case")
 
     def open_lab() -> Lab:
-        command = shlex.join(["pytest", *config.invocation_params.args])
-        seconds = 0.0 if config.getoption("benchmark_disable") else config.getoption("seconds_per_case")
-        dtype = Case(Workload("any", 1, 1, 1), 1, 1, _dtype(config)).torch_dtype
-        return make_lab(_device(config), dtype, command, seconds)
+        # What repeats it, without paths of this machine.
+        files = [Path(name.partition("::")[0]).name for name in config.args]
+        command = ["pytest", *(f"suites/{name}" if name != "suites" else name for name in files)]
+        command += ["--benchmark-enable", f"--device={device}", f"--dtype={dtype}", f"--seconds-per-case={seconds:g}"]
+        return make_lab(device, torch_dtype(dtype), shlex.join(command), seconds)
 
     def keep(suite: Suite, rows: list[Row]) -> None:
         if results is not None:
+            files = config.stash[RESULTS]
             _, file = files.setdefault(suite.name, (suite, ResultFile(results / f"{suite.name}.csv")))
             file.put(rows)
 
-    yield Session(open_lab, keep)
-    for suite, file in files.values():  # into a folder of their own: two suites may draw the same workload
-        suite.draw(file.rows, file.path.with_suffix(""))
+    return Session(open_lab, keep)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
+    """Draw what was kept, each suite into a folder of its own: two may draw the same workload."""
+    for suite, file in config.stash[RESULTS].values():
+        folder = file.path.with_suffix("")
+        try:
+            suite.draw(file.rows, folder)
+        except OSError as error:
+            terminalreporter.write_line(f"Could not write the plots of {suite.name}: {error.strerror or error}.")
+        else:
+            terminalreporter.write_line(f"Results: {file.path}, plots: {folder}")
 
 
 @pytest.fixture
@@ -86,10 +115,13 @@ def device_time(
     suite: Suite = request.module.SUITE
 
     def run() -> None:
-        row, samples = session.measured(suite, case, all_contenders(suite.contenders))[contender.name]
-        if row.status in ("incorrect", "failed", "out of memory"):
-            pytest.fail(f"{row.status}: {row.note}")
+        try:
+            row, samples = session.measured(suite, case, all_contenders(suite.contenders))[contender.name]
+        except DeviceLost as error:
+            pytest.exit(str(error), returncode=70)
         if row.status != "ok":
+            if row.status in ("incorrect", "failed", "out of memory"):
+                pytest.fail(f"{row.status}: {row.note}")
             pytest.skip(row.note)
         benchmark.group = f"{suite.name}: {case}, M={row.slots}, W={row.window}"
         benchmark.extra_info.update({name: getattr(row, name) for name in SHOWN})

@@ -11,7 +11,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nhabench.cli import _console, _device, _dtype, app
+from nhabench.cli import _console, app, device_of, dtype_of
 from nhabench.results import Row, load_rows, to_csv
 
 RUNNER = CliRunner()
@@ -129,10 +129,10 @@ def test_workloads_prints_the_table_with_a_files_additions(shapes: Path) -> None
 
 def test_a_gpu_is_taken_by_its_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [_device(name) for name in (None, "cuda", "cuda:1")] == [torch.device("cuda", n) for n in (0, 0, 1)]
-    assert [_dtype(None, torch.device(kind)) for kind in ("cuda", "cpu")] == ["bfloat16", "float32"]
+    assert [device_of(name) for name in (None, "cuda", "cuda:1")] == [torch.device("cuda", n) for n in (0, 0, 1)]
+    assert [dtype_of(None, torch.device(kind)) for kind in ("cuda", "cpu")] == ["bfloat16", "float32"]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
-    assert _device(None) == torch.device("cpu")
+    assert device_of(None) == torch.device("cpu")
 
 
 def test_a_commit_that_is_none_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

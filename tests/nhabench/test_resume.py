@@ -121,10 +121,14 @@ def test_another_command_is_another_run(interrupted: Bench) -> None:
 def test_what_failed_is_measured_again_and_what_was_wrong_is_not(
     interrupted: Bench, row: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for status, measured in (("failed", list(LENGTHS)), ("incorrect", [32, 48])):
+    for status, note, measured in (
+        ("failed", "", list(LENGTHS)), ("unavailable", "", list(LENGTHS)), ("out of memory", "", list(LENGTHS)),
+        ("skipped", "The case needs 9 GiB; 1 GiB are free.", list(LENGTHS)), ("incorrect", "", [32, 48]),
+        ("unsupported", "", [32, 48]),
+    ):  # fmt: skip
         (first, *_) = load_rows(interrupted.file)
         interrupted.file.unlink()
-        changed = {**vars(first), "status": status, "median_ms": None}
+        changed = {**vars(first), "status": status, "note": note, "median_ms": None}
         ResultFile(interrupted.file).put([type(first)(**changed)])
         outcome = interrupted()
         assert interrupted.measured == measured

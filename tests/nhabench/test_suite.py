@@ -17,6 +17,7 @@ import torch
 
 from nhabench import suite as module
 from nhabench.bench import all_contenders
+from nhabench.measure import DeviceLost
 from nhabench.results import Row, load_rows
 from nhabench.suite import Clock, Session, Suite
 from nhabench.workloads import Case, Workload
@@ -147,9 +148,65 @@ def test_benchmarks_are_of_the_measured_times(tmp_path: Path) -> None:
     assert rows[8, "gla"].note in done.stdout  # why
 
 
+def test_a_lost_device_keeps_its_rows_and_what_cannot_be_kept_is_not_measured_twice(
+    tiny: Workload, row: Callable[..., Row], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[int] = []
+
+    def lost(lab: Any, case: Case, contenders: Any, said: Any, samples: dict[str, tuple[float, ...]]) -> list[Row]:
+        measured.append(1)
+        raise DeviceLost("gone", [row()])
+
+    kept: list[Row] = []
+    session = Session(lambda: object(), lambda suite, rows: kept.extend(rows))  # type: ignore
+    suite, case = Suite("x", lambda device, dtype: [], ("a",)), Case(tiny, 1, 8, "float32")
+    names: Any = ["a"]
+    monkeypatch.setattr(module, "measure_case", lost)
+    with pytest.raises(DeviceLost):
+        session.measured(suite, case, names)
+    assert kept == [row()]
+
+    def full_disk(suite: Suite, rows: list[Row]) -> None:
+        raise OSError(28, "No space left on device")
+
+    def fine(lab: Any, case: Case, contenders: Any, said: Any, samples: dict[str, tuple[float, ...]]) -> list[Row]:
+        measured.append(2)
+        samples["a"] = (1.0,)
+        return [row(implementation="a")]
+
+    monkeypatch.setattr(module, "measure_case", fine)
+    session.keep = full_disk
+    with pytest.raises(OSError, match="No space left"):
+        session.measured(suite, case, names)
+    assert session.measured(suite, case, names)["a"][1] == (1.0,)
+    assert measured == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--device", "tpu9"], "--device"),
+        (["--dtype", "int9"], "int9"),
+        (["--seconds-per-case", "-3"], "--seconds-per-case: expected a number >= 0, got -3.0"),
+        (["--results", "conftest.py"], "--results: expected a folder, got conftest.py"),
+        (["-p", "xdist", "-n", "2"], "--numprocesses"),
+    ],
+)
+def test_bad_options_are_told_before_anything_is_measured(arguments: list[str], words: str, tmp_path: Path) -> None:
+    shutil.copy(SUITES / "conftest.py", tmp_path)
+    (tmp_path / "bench_tiny.py").write_text(TINY)
+    command = [sys.executable, "-m", "pytest", "bench_tiny.py", "-p", "no:cacheprovider", *arguments]
+    known = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    known["PYTHONPATH"] = os.pathsep.join(p for p in sys.path if p)
+    done = subprocess.run(command, env=known, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 4, done.stdout
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+
+
 def test_what_is_wrong_fails_and_has_no_time(tmp_path: Path) -> None:
     done, told = run(tmp_path, TINY + WRONG)
     assert done.returncode == 1
     assert "incorrect: Relative error" in done.stdout
-    assert "2 failed, 2 passed, 2 skipped" in done.stdout
+    assert "2 failed, 2 passed, 2 skipped in" in done.stdout  # and no errors
     assert {one["extra_info"]["implementation"] for one in told} == {"naive"}

@@ -51,12 +51,29 @@ def test_the_finding_is_the_widest_window_up_to_which_nha_wins(windows: list[Row
     narrow = [one for one in windows if one.window < 8192]
     assert finding(narrow, "window") == "triton is faster than full attention (cuDNN) at every W measured"
     slow = [one for one in windows if one.window >= 8192 or one.family == "full"]
-    assert finding(slow, "window") == "triton is slower than full attention (cuDNN) at W=8192 already"
+    assert finding(slow, "window") == "triton is slower than full attention (cuDNN) at every W measured"
     alone = [one for one in windows if one.family == "nha"]
     assert finding(alone, "window") == "triton takes 49 times as long at W=8192 as at W=0"
     assert finding([one for one in windows if one.family == "full"], "window") == "Time by W"
     slots = [row(**{**SHAPE, "slots": m, "median_ms": m / 16, "family": "nha", "label": "NHA"}) for m in (16, 40)]
     assert finding(slots, "slots") == "NHA takes 2.5 times as long at M=40 as at M=16"
+
+
+def test_the_finding_names_whom_it_is_about(row: Callable[..., Row]) -> None:
+    def made(name: str, family: str, window: int, ms: float) -> Row:
+        return row(implementation=name, label=name, family=family, median_ms=ms, **{**SHAPE, "window": window})
+
+    changing = [made("a", "nha", 16, 1.0), made("b", "nha", 16, 5.0), made("b", "nha", 64, 6.0)]
+    assert finding(changing, "window") == "The fastest NHA (a or b) takes 6 times as long at W=64 as at W=16"
+    rivals = [made("x", "full", 16, 2.0), made("y", "full", 64, 9.0)]
+    assert finding([*changing, *rivals], "window") == (
+        "The fastest NHA (a or b) is faster than full attention (x or y) at every W measured"
+    )
+    more = [made("b", "nha", 128, 9.0), made("b", "nha", 256, 3.0), made("y", "full", 128, 8.0)]
+    more += [made("y", "full", 256, 8.0)]
+    assert finding([*changing, *rivals, *more], "window") == (
+        "The fastest NHA (a or b) is faster than full attention (x or y) at W=16, 64, 256 only"
+    )
 
 
 def test_the_ends_of_the_window_are_named(windows: list[Row]) -> None:
