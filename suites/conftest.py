@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 
 from nhabench.bench import all_contenders, make_lab
 from nhabench.cli import device_of, dtype_of
@@ -42,8 +43,8 @@ def pytest_configure(config: pytest.Config) -> None:
     seconds = config.getoption("seconds_per_case")
     try:
         dtype_of(config.getoption("dtype"), device_of(config.getoption("device")))
-    except Exception as error:  # of the command line's own kind
-        raise pytest.UsageError(str(error)) from error
+    except typer.BadParameter as error:
+        raise pytest.UsageError(f"{error.param_hint}: {error.message}") from error
     if not 0 <= seconds < math.inf:
         raise pytest.UsageError(f"--seconds-per-case: expected a number >= 0, got {seconds}")
     if results is not None and results.exists() and not results.is_dir():

@@ -64,7 +64,7 @@ def test_the_finding_names_whom_it_is_about(row: Callable[..., Row]) -> None:
         return row(implementation=name, label=name, family=family, median_ms=ms, **{**SHAPE, "window": window})
 
     changing = [made("a", "nha", 16, 1.0), made("b", "nha", 16, 5.0), made("b", "nha", 64, 6.0)]
-    assert finding(changing, "window") == "The fastest NHA (a or b) takes 6 times as long at W=64 as at W=16"
+    assert finding(changing, "window") == "The fastest NHA (a or b) takes 6.0 times as long at W=64 as at W=16"
     rivals = [made("x", "full", 16, 2.0), made("y", "full", 64, 9.0)]
     assert finding([*changing, *rivals], "window") == (
         "The fastest NHA (a or b) is faster than full attention (x or y) at every W measured"
