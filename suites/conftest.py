@@ -78,7 +78,8 @@ def session(request: pytest.FixtureRequest) -> Session:
     results: Path | None = config.getoption("results")
     device = device_of(config.getoption("device"))
     dtype = dtype_of(config.getoption("dtype"), device)
-    seconds = 0.0 if config.getoption("benchmark_disable") else config.getoption("seconds_per_case")
+    disabled = config.getoption("benchmark_disable") and not config.getoption("benchmark_enable")
+    seconds = 0.0 if disabled else config.getoption("seconds_per_case")
 
     def open_lab() -> Lab:
         # What repeats it, without paths of this machine.

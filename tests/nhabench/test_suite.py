@@ -116,8 +116,8 @@ def run(folder: Path, text: str) -> tuple[subprocess.CompletedProcess[str], list
     shutil.copy(SUITES / "conftest.py", folder)
     (folder / "bench_tiny.py").write_text(text)
     command = [
-        sys.executable, "-m", "pytest", "bench_tiny.py", "--benchmark-enable", "--seconds-per-case", "0.05", "--device",
-        "cpu", "-p", "no:cacheprovider", "-p", "no:xdist", "-rs", "--results", "results",
+        sys.executable, "-m", "pytest", "bench_tiny.py", "--benchmark-disable", "--benchmark-enable", "--device", "cpu",
+        "--seconds-per-case", "0.05", "-p", "no:cacheprovider", "-p", "no:xdist", "-rs", "--results", "results",
         "--benchmark-json", "told.json",
     ]  # fmt: skip
     path = os.pathsep.join(p for p in sys.path if p)
@@ -144,6 +144,9 @@ def test_benchmarks_are_of_the_measured_times(tmp_path: Path) -> None:
         assert one["group"] == f"tiny: w 1 x 40 float32, M={row.slots}, W=8"
         assert one["extra_info"]["git_sha"] == row.git_sha == "b" * 40
         assert one["extra_info"]["tolerance"] == row.tolerance
+        assert row.command == (
+            "pytest suites/bench_tiny.py --benchmark-enable --device=cpu --dtype=float32 --seconds-per-case=0.05"
+        )
     assert "2 skipped" in done.stdout
     assert rows[8, "gla"].note in done.stdout  # why
 
