@@ -29,7 +29,7 @@ def bench(session: nox.Session) -> None:
 def suites(session: nox.Session) -> None:
     """Run the suites under pytest-benchmark: nox -s suites -- [files of suites/] [pytest's arguments]."""
     session.install(*CONSTRAINTS, "--editable", ".[dev]")
-    chosen = any(argument.startswith("suites") for argument in session.posargs)
+    chosen = any(argument == "suites" or argument.startswith("suites/") for argument in session.posargs)
     session.run(
         "pytest", *([] if chosen else ["suites"]), "--benchmark-enable", "--benchmark-columns=min,median,iqr,rounds",
         *session.posargs, interrupt_timeout=60, terminate_timeout=10,

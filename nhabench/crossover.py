@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from nhabench.results import Row
 
 
-def fastest_by_length(rows: Sequence[Row], family: str) -> dict[int, Row]:
-    """The fastest timed row of a family at each length T, by rising T."""
+def length_of(row: Row) -> int:
+    """T of a row."""
+    return row.seq_len
+
+
+def fastest_by(at: Callable[[Row], int], rows: Sequence[Row], family: str) -> dict[int, Row]:
+    """The fastest timed row of a family at each value of a size that `at` gives, by rising value."""
     best: dict[int, Row] = {}
     for row in rows:
         if row.family != family or not row.timed:
             continue
-        if row.seq_len not in best or time_of(row) < time_of(best[row.seq_len]):
-            best[row.seq_len] = row
+        if at(row) not in best or time_of(row) < time_of(best[at(row)]):
+            best[at(row)] = row
     return dict(sorted(best.items()))
+
+
+def fastest_by_length(rows: Sequence[Row], family: str) -> dict[int, Row]:
+    """The same at each length T."""
+    return fastest_by(length_of, rows, family)
 
 
 def time_of(row: Row) -> float:

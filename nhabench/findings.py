@@ -63,8 +63,8 @@ def against(rows: Sequence[Row], family: str) -> str:
     speeds = f"{_speed(*pairs[first])} its speed at T={first}"
     if last != first:
         speeds += f", {_speed(*pairs[last])} at T={last}"
-    us = _names(nha[length] for length in lengths)
-    them = _names(rivals[length] for length in lengths)
+    us = names_of(nha[length] for length in lengths)
+    them = names_of(rivals[length] for length in lengths)
     rival = RIVALS[family] if them == RIVALS[family] else f"{RIVALS[family]} ({them})"
     return f"{us} against {rival}: {', '.join(verdicts)}; {speeds}."
 
@@ -81,7 +81,7 @@ def _high(row: Row) -> float:
     return time_of(row) if row.high_ms is None else row.high_ms
 
 
-def _names(rows: Iterable[Row]) -> str:
+def names_of(rows: Iterable[Row]) -> str:
     """The rows' labels, each once, without what their family is called: it is said before."""
     labels = dict.fromkeys(row.label for row in rows)
     plain = [label.removeprefix("full: ").removeprefix("linear: ").removeprefix("linear, ") for label in labels]
@@ -109,7 +109,9 @@ def floor_reached(rows: Sequence[Row]) -> str:
         return ""
     reached = [100 * (row.floor_fraction or 0.0) for row in rows]
     low, high = significant(min(reached), 2), significant(max(reached), 2)
-    return f"{_names(rows)} runs at {low if low == high else f'{low} to {high}'} % of the speed that the floor allows."
+    return (
+        f"{names_of(rows)} runs at {low if low == high else f'{low} to {high}'} % of the speed that the floor allows."
+    )
 
 
 def overview(groups: Sequence[Sequence[Row]]) -> str:

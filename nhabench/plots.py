@@ -16,7 +16,7 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from nhabench.crossover import Crossover, fastest_by_length, find_crossover, time_of
+from nhabench.crossover import Crossover, fastest_by, fastest_by_length, find_crossover, length_of, time_of
 from nhabench.results import HOST_TIME, Row
 from nhabench.tables import FAMILIES, grouped, shape, significant
 
@@ -78,29 +78,25 @@ _HALO = [patheffects.withStroke(linewidth=2.5, foreground="white")]
 Lines = dict[str, list[Row]]
 
 
-def length_of(row: Row) -> float:
-    """T, where lines lie."""
-    return row.seq_len
-
-
-def _lines(rows: Sequence[Row], families: Sequence[str]) -> Lines:
-    """Timed rows by implementation, each by rising T; at one T the last row of the file stands."""
+def lines_of(rows: Sequence[Row], families: Sequence[str], at: Callable[[Row], int] = length_of) -> Lines:
+    """Timed rows by implementation, each by rising T, or what else `at` gives; at one T the last row of the file
+    stands."""
     found: dict[str, dict[int, Row]] = {}
     for row in rows:
         if row.timed and row.family in families:
-            found.setdefault(row.implementation, {})[row.seq_len] = row
-    return {name: [points[length] for length in sorted(points)] for name, points in found.items()}
+            found.setdefault(row.implementation, {})[at(row)] = row
+    return {name: [points[value] for value in sorted(points)] for name, points in found.items()}
 
 
-def leaders_of(rows: Sequence[Row], families: Sequence[str]) -> set[str]:
-    """The implementations that are the fastest of their family at some T."""
-    return {row.implementation for family in families for row in fastest_by_length(rows, family).values()}
+def leaders_of(rows: Sequence[Row], families: Sequence[str], at: Callable[[Row], int] = length_of) -> set[str]:
+    """The implementations that are the fastest of their family at some T, or what else `at` gives."""
+    return {row.implementation for family in families for row in fastest_by(at, rows, family).values()}
 
 
 def contest(rows: Sequence[Row], families: Sequence[str]) -> tuple[Lines, list[str]]:
     """The lines to draw, and the labels of those left out: plain definitions that are nowhere the fastest of their
     family, slow and measured at small T only."""
-    lines, leaders = _lines(rows, families), leaders_of(rows, FAMILIES)
+    lines, leaders = lines_of(rows, families), leaders_of(rows, FAMILIES)
     absent = [name for name in lines if name in _DEFINITIONS and name not in leaders]
     return {name: line for name, line in lines.items() if name not in absent}, [lines[name][0].label for name in absent]
 
@@ -199,7 +195,7 @@ def _length_axis(axis: Axes, rows: Sequence[Row], most: int = 12) -> None:
     lengths = sorted({row.seq_len for row in rows})
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_locator(ticker.FixedLocator(lengths[:: -math.ceil(len(lengths) / most)]))
-    axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: f"{x / 1024:g}k" if x >= 1024 else f"{x:g}"))
+    axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: in_k(x)))
     axis.xaxis.set_minor_locator(ticker.NullLocator())
     axis.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.12)
     # Where B > 1 all lengths have (about) the same tokens; B = 1 says nothing of how many were held.
@@ -207,6 +203,16 @@ def _length_axis(axis: Axes, rows: Sequence[Row], most: int = 12) -> None:
     axis.set_xlabel(
         f"sequence length T  (batch so that B·T = {held}, at least 1)" if held else "sequence length T  (B = 1)"
     )
+    plain_axis(axis)
+
+
+def in_k(tokens: float) -> str:
+    """512, 1k, 128k."""
+    return f"{tokens / 1024:g}k" if tokens >= 1024 else f"{tokens:g}"
+
+
+def plain_axis(axis: Axes) -> None:
+    """A light grid beneath, and no frame where there is no scale."""
     axis.grid(True, which="major", color="#dddddd", linewidth=0.7)
     axis.set_axisbelow(True)
     for side in ("top", "right"):
@@ -222,7 +228,7 @@ def log_axis(axis: Axes, unit: str = "") -> None:
     axis.yaxis.set_minor_formatter(ticker.NullFormatter())
 
 
-def draw_line(
+def _draw_line(
     axis: Axes, rows: Sequence[Row], value: Callable[[Row], float], leads: bool, at: Callable[[Row], float] = length_of
 ) -> None:
     """An implementation's line over T, or over what else `at` gives; hollow where host time is in it."""
@@ -303,7 +309,16 @@ def _label(axis: Axes, end: End, right: float, up: float) -> None:
     )  # fmt: skip
 
 
-def draw_band(axis: Axes, rows: Sequence[Row], at: Callable[[Row], float] = length_of) -> None:
+def draw_times(axis: Axes, lines: Lines, leaders: set[str], at: Callable[[Row], float] = length_of) -> None:
+    """Every line in milliseconds, with its intervals, and the scale."""
+    for name, line in lines.items():
+        _draw_band(axis, line, at)
+        _draw_line(axis, line, time_of, name in leaders, at)
+    log_axis(axis)
+    axis.set_ylabel("median time of a forward call, ms; 95 % interval shaded")
+
+
+def _draw_band(axis: Axes, rows: Sequence[Row], at: Callable[[Row], float] = length_of) -> None:
     """Shade the medians' intervals; nothing where a row has none."""
     places = [at(row) for row in rows]
     low = [math.nan if row.low_ms is None else row.low_ms for row in rows]
@@ -320,11 +335,7 @@ def latency(rows: Sequence[Row]) -> Figure | None:
     timed = [row for line in lines.values() for row in line]
     leaders = leaders_of(rows, ("nha", "full"))
     _length_axis(axis, timed)
-    for name, line in lines.items():
-        draw_band(axis, line)
-        draw_line(axis, line, time_of, name in leaders)
-    log_axis(axis)
-    axis.set_ylabel("median time of a forward call, ms; 95 % interval shaded")
+    draw_times(axis, lines, leaders)
     crossover = find_crossover(rows)
     if crossover is not None and crossover.at is not None:
         _mark_crossover(axis, crossover, rows)
@@ -372,7 +383,7 @@ def speedup(rows: Sequence[Row]) -> Figure | None:
     leaders = leaders_of(rows, ("nha",))
     _length_axis(axis, timed)
     for name, line in lines.items():
-        draw_line(axis, line, gain, name in leaders)
+        _draw_line(axis, line, gain, name in leaders)
     axis.axhline(1.0, color=_BLUE, linestyle="--", linewidth=2.8, zorder=2)
     log_axis(axis, "x")
     axis.set_ylabel("speed relative to the fastest full attention")
@@ -413,7 +424,7 @@ def floor(rows: Sequence[Row]) -> Figure | None:
         axis.set_xlabel("sequence length T")
         axis.set_title(title, fontsize=10, loc="left")
         for name, line in lines.items():
-            draw_line(axis, line, value, name in leaders)
+            _draw_line(axis, line, value, name in leaders)
         if ceiling is not None:
             axis.axhline(ceiling, color=_BLACK, linestyle="--", linewidth=1.2)
             text = f"{ceiling_name}: {ceiling:.3g}" if ceiling_name != "floor" else "the floor"

@@ -21,6 +21,7 @@ from nhabench.plots import (
     log_axis,
     name_of,
     new_figure,
+    plain_axis,
     style_of,
 )
 from nhabench.results import HOST_TIME, Row
@@ -57,10 +58,7 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
     _draw_roof(axis, placed)
     axis.set_xlabel("arithmetic intensity of the floor, FLOP/B  (a point for each T; B·T as in the other plots)")
     axis.set_ylabel("achieved TFLOP/s: FLOPs of the floor / time")
-    axis.grid(True, which="major", color="#dddddd", linewidth=0.7)
-    axis.set_axisbelow(True)
-    for side in ("top", "right"):
-        axis.spines[side].set_visible(False)
+    plain_axis(axis)
     headline(figure, finding(placed), "Roofline of the forward pass", placed, absent)
     names = axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=LABEL_POINTS)
     bold = {name_of(lines[leader][0]) for leader in leaders}

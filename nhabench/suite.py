@@ -57,9 +57,10 @@ class Clock:
 
 @dataclass
 class Session:
-    """What the benchmarks of a run share. lab: opened when the first case is measured.
+    """What the benchmarks of a run share.
 
-    keep: is given the rows of each case, with its suite, as soon as there are any.
+    open: the device, when the first case is measured. keep: is given the rows of each case, with its suite, as soon as
+    there are any.
     """
 
     open: Callable[[], Lab]
