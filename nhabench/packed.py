@@ -9,6 +9,7 @@ import inspect
 from collections.abc import Callable
 from functools import partial
 from importlib import util
+from typing import Any
 
 import torch
 
@@ -31,8 +32,11 @@ def causal_varlen() -> Callable[..., torch.Tensor]:
     from torch.nn.attention.varlen import varlen_attn
 
     # A window without an end to the left. Where grouped heads need not be asked for, they are taken as they are.
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    return partial(varlen_attn, window_size=(-1, 0), **grouped)
+    options: dict[str, Any] = {"window_size": (-1, 0)}
+    if "enable_gqa" in inspect.signature(varlen_attn).parameters:
+        options["enable_gqa"] = True
+    attention: Any = varlen_attn
+    return partial(attention, **options)
 
 
 def _torch_varlen() -> Contender:
@@ -80,7 +84,8 @@ def _padded(backend: str) -> Contender:
             return x[0].index_select(0, token).unflatten(0, (case.batch, case.seq_len))
 
         def call() -> torch.Tensor:
-            o = attend(Inputs(case, *map(batch, (inputs.q, inputs.k, inputs.v, inputs.g))), backend)
+            q, k, v, g = map(batch, (inputs.q, inputs.k, inputs.v, inputs.g))
+            o = attend(Inputs(case, q, k, v, g), backend)
             return o.flatten(0, 1).index_select(0, place).unsqueeze(0)
 
         return call

@@ -54,7 +54,7 @@ _STYLES = {
     "flash": Style(_ORANGE, "s", "-"),
     "chunked": Style(_PURPLE, "^", "-"),
     "naive": Style(_BLACK, "x", "-"),
-    "triton-padded": Style(_VERMILLION, "h", "-"),
+    "triton-padded": Style(_VERMILLION, "P", "-"),
     "sdpa-cudnn": Style(_BLUE, "D", "--"),
     "sdpa-flash": Style(_BLUE, "v", "--"),
     "sdpa-efficient": Style(_SKY, "<", "--"),
@@ -180,7 +180,8 @@ def headline(
     figure.set_label(finding)
     figure.text(left, 0.975, finding, fontsize=13, fontweight="bold", va="top")
     where = f"{subject} on {row.device}: {sizes or f'{row.workload} ({shape(row)}, {row.dtype})'}"
-    remarks = [remark] if (remark := of_several_runs(rows)) else []
+    remarks = [f"sequences of uneven lengths, {row.seq_len} tokens packed in a call"] if row.sequences else []
+    remarks += [remark] if (remark := of_several_runs(rows)) else []
     if any(HOST_TIME in row.timer for row in rows):
         remarks.append("hollow: includes host time")
     if remarks:
@@ -214,7 +215,7 @@ def _length_axis(axis: Axes, rows: Sequence[Row], most: int = 12) -> None:
 
 def _length_title(rows: Sequence[Row]) -> str:
     if rows[0].sequences:
-        return f"mean length T of the sequences  (uneven ones, packed into one call of {rows[0].seq_len} tokens)"
+        return "mean length T of the packed sequences"
     # Where B > 1 all lengths have (about) the same tokens; B = 1 says nothing of how many were held.
     held = max((row.batch * row.seq_len for row in rows if row.batch > 1), default=0)
     return f"sequence length T  (batch so that B·T = {held}, at least 1)" if held else "sequence length T  (B = 1)"
@@ -352,7 +353,7 @@ def latency(rows: Sequence[Row]) -> Figure | None:
     draw_times(axis, lines, leaders)
     crossover = find_crossover(rows)
     if crossover is not None and crossover.at is not None:
-        _mark_crossover(axis, crossover, rows)
+        _mark_crossover(axis, crossover, timed)
     finding = crossover.sentence if crossover else "Forward latency"
     headline(figure, finding, "Forward latency", timed, absent)
     label_ends(axis, ends_of(lines, time_of, leaders))
@@ -373,6 +374,11 @@ def _mark_crossover(axis: Axes, crossover: Crossover, rows: Sequence[Row]) -> No
     # Lines rise to the right: beside the mark, the upper left is the free side, unless the mark is at the very left.
     first, last = lengths[0], max(lengths[-1], after)
     at_left = math.log(at / first) < 0.4 * math.log(last / first)
+    span = 0.4 * math.log(last / first)  # that the words take, to the one side
+    beside = [row for row in rows if 0 <= math.log(length_of(row) / at) * (1 if at_left else -1) <= span]
+    low, high = axis.get_ylim()
+    highest = max((time_of(row) for row in beside), default=low)
+    axis.set_ylim(top=max(high, low * (highest / low) ** (8 / 7)))  # an eighth of the height for them
     full_name = crossover.full.label.removeprefix("full: ")
     axis.annotate(
         f"{crossover.nha.label} overtakes\n{full_name} at {length_name(crossover.nha)} ≈ {significant(at, 2)} →",
@@ -435,7 +441,7 @@ def floor(rows: Sequence[Row]) -> Figure | None:
     )
     for axis, (title, value, ceiling, ceiling_name) in zip(axes, panels, strict=True):
         _length_axis(axis, timed, most=6)
-        axis.set_xlabel("mean length T of the sequences" if first.sequences else "sequence length T")
+        axis.set_xlabel("mean length T of the packed sequences" if first.sequences else "sequence length T")
         axis.set_title(title, fontsize=10, loc="left")
         for name, line in lines.items():
             _draw_line(axis, line, value, name in leaders)

@@ -32,8 +32,8 @@ def grouped(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
 
 def shape(row: Row) -> str:
     """The workload's sizes in words."""
-    more = f"{', rope' if row.rope else ''}{f', {row.seq_len} tokens packed' if row.sequences else ''}"
-    return f"{row.q_heads}/{row.kv_heads} heads, D={row.head_dim}, M={row.slots}, W={row.window}{more}"
+    rope = ", rope" if row.rope else ""
+    return f"{row.q_heads}/{row.kv_heads} heads, D={row.head_dim}, M={row.slots}, W={row.window}{rope}"
 
 
 def milliseconds(value: float) -> str:
