@@ -22,6 +22,7 @@ from nhabench.errors import first_line
 from nhabench.gpu import GpuWatch
 from nhabench.implementations import implementations
 from nhabench.measure import DeviceLost, Lab, earlier_rows, measure_case
+from nhabench.packed import for_packed
 from nhabench.plan import CPU_LIMIT, affordable, estimated_seconds
 from nhabench.plots import draw_all
 from nhabench.results import ResultFile, Row
@@ -60,8 +61,11 @@ class Outcome:
 
 
 def all_contenders(only: Sequence[str] = ()) -> list[Contender]:
-    """Every contender, or the named ones. Raises ValueError for a name that is none."""
-    known = {contender.name: contender for contender in (*implementations(), *baselines())}
+    """Every contender for a batch, or the named ones, for packed sequences too. Raises ValueError for a name that is
+    none."""
+    known = {
+        contender.name: contender for contender in (*implementations(), *baselines(), *(for_packed() if only else ()))
+    }
     for name in only:
         if name not in known:
             raise ValueError(f"only: expected some of {', '.join(known)}, got {name!r}")

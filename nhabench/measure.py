@@ -27,6 +27,7 @@ from nhabench.timing import Timer, Timing, Warm, agree, in_turns, race
 from nhabench.workloads import Case
 
 SHORT_OF_MEMORY = "GiB are free"
+SMALL_SEQUENCES = 5  # of the small check of a baseline at packed sequences
 LONGEST_CALL_S = {"cuda": 1.5, "cpu": 2.5}  # a call that is predicted to take longer is skipped
 
 
@@ -64,10 +65,12 @@ class Lab:
         return self.judges[key]
 
     def baseline_verdict(self, contender: Contender, case: Case) -> Verdict | None:
-        """A baseline's check at a small size of the case's workload, made once."""
-        key = (contender.name, case.workload, case.dtype)
+        """A baseline's check at a small size of the case's workload, with packed sequences if the case has them; made
+        once."""
+        packed = SMALL_SEQUENCES if case.sequences else 0
+        key = (contender.name, case.workload, case.dtype, packed)
         if key not in self.baseline_verdicts:
-            inputs = small_inputs(case.workload, case.dtype, self.device)
+            inputs = small_inputs(case.workload, case.dtype, self.device, packed)
             self.baseline_verdicts[key] = check_baseline(contender, inputs)
         return self.baseline_verdicts[key]
 
@@ -77,8 +80,9 @@ class Lab:
         if known is None:
             return None
         before, seconds = known
-        growth = case.tokens / before.tokens
-        return seconds * growth * (case.seq_len / before.seq_len if contender.quadratic else 1)
+        power = 2 if contender.quadratic else 1
+        now, then = (sum(length**power for length in one.lengths) for one in (case, before))
+        return seconds * now / then
 
 
 @dataclass
@@ -544,4 +548,5 @@ def _row(lab: Lab, case: Case, entry: Entry) -> Row:
 def _case_columns(case: Case) -> Mapping[str, Any]:
     shape = dataclasses.asdict(case.workload)
     del shape["tokens"]
-    return {"workload": shape.pop("name"), **shape, "batch": case.batch, "seq_len": case.seq_len, "dtype": case.dtype}
+    sizes = {"batch": case.batch, "seq_len": case.seq_len, "sequences": case.sequences, "dtype": case.dtype}
+    return {"workload": shape.pop("name"), **shape, **sizes}
