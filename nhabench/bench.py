@@ -21,11 +21,13 @@ from nhabench.environment import GIT_SHA_VARIABLE, read_environment
 from nhabench.errors import first_line
 from nhabench.gpu import GpuWatch
 from nhabench.implementations import implementations
-from nhabench.measure import DeviceLost, Lab, earlier_rows, measure_case
+from nhabench.lab import DeviceLost, Lab
+from nhabench.measure import measure_case
 from nhabench.packed import for_packed
 from nhabench.plan import CPU_LIMIT, affordable, estimated_seconds
 from nhabench.plots import draw_all
 from nhabench.results import ResultFile, Row
+from nhabench.rows import earlier_rows
 from nhabench.tables import print_tables
 from nhabench.workloads import Case
 

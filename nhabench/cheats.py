@@ -13,7 +13,8 @@ from nhabench.contender import Contender
 from nhabench.floors import nha_floor
 from nhabench.implementations import attend
 from nhabench.inputs import Inputs
-from nhabench.measure import Lab, measure_case
+from nhabench.lab import Lab
+from nhabench.measure import measure_case
 from nhabench.workloads import Case
 
 USELESS = 0.5  # of the honest time: a clock that goes at a tenth of its rate would show a tenth

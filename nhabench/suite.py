@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 
 from nhabench.contender import Contender
-from nhabench.measure import DeviceLost, Lab, measure_case
+from nhabench.lab import DeviceLost, Lab
+from nhabench.measure import measure_case
 from nhabench.plots import draw_all
 from nhabench.results import Row
 from nhabench.workloads import Case, Workload, load_workloads

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 
 from nhabench import bench as module
-from nhabench import ceilings, check, environment, measure, reference
+from nhabench import ceilings, check, environment, lab, measure, racing, reference
 from nhabench.bench import Options, Outcome, all_contenders, run
 from nhabench.ceilings import warm_up
 from nhabench.contender import Contender, Unsupported
@@ -27,7 +27,7 @@ from nhabench.floors import Ceilings
 from nhabench.gpu import GpuWatch
 from nhabench.implementations import attend
 from nhabench.inputs import COLD_FACTOR, Inputs, bytes_needed
-from nhabench.measure import Lab
+from nhabench.lab import Lab
 from nhabench.results import Row, load_rows
 from nhabench.timing import Sample, Stopwatch, WallClock
 from nhabench.workloads import Case, Workload, cases
@@ -184,6 +184,12 @@ def faulty(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], list[str]]:
     return make
 
 
+def replace_release(monkeypatch: pytest.MonkeyPatch, release: Callable[[torch.device], None]) -> None:
+    """Put a function in the place of the one that gives memory back, after an error and after a case."""
+    for one in (lab, measure):
+        monkeypatch.setattr(one, "release", release)
+
+
 def test_a_fault_that_shows_while_timing_is_a_row_of_each(
     bench: Bench, contenders: Any, faulty: Callable[[int], list[str]]
 ) -> None:
@@ -203,7 +209,7 @@ def test_a_device_lost_while_timing_exits_70_with_its_rows(
         if lost:
             raise RuntimeError("CUDA error: an illegal memory access was encountered\nFor debugging ...")
 
-    monkeypatch.setattr(measure, "release", release)
+    replace_release(monkeypatch, release)
     outcome = bench([contenders.nha("a"), contenders.nha("b")], lengths=[16, 32])
     assert outcome.exit_code == 70
     assert {key: row.status for key, row in bench.rows.items()} == {("a", 16): "failed", ("b", 16): "failed"}
@@ -237,15 +243,15 @@ def test_a_device_lost_after_the_rows_keeps_them(
             raise RuntimeError("CUDA error: unspecified launch failure")
 
     timed: list[int] = []
-    original = measure.race
+    original = racing.race
 
     def race(*arguments: Any, **options: Any) -> Any:
         result = original(*arguments, **options)
         timed.append(1)
         return result
 
-    monkeypatch.setattr(measure, "race", race)
-    monkeypatch.setattr(measure, "release", release)
+    monkeypatch.setattr(racing, "race", race)
+    replace_release(monkeypatch, release)
     assert bench([contenders.nha("mine")], lengths=[16, 32]).exit_code == 70
     assert {key: row.status for key, row in bench.rows.items()} == {("mine", 16): "ok"}
 
@@ -360,7 +366,7 @@ def test_a_reference_without_memory_leaves_nha_untimed_and_times_the_rest(
     def no_memory(self: object, inputs: Inputs) -> tuple[torch.Tensor, str]:
         raise torch.OutOfMemoryError("too much")
 
-    monkeypatch.setattr(measure.Judge, "reference", no_memory)
+    monkeypatch.setattr(lab.Judge, "reference", no_memory)
     bench([contenders.nha("mine"), contenders.full("theirs", lambda inputs: inputs.q)], lengths=[16])
     row = bench.rows["mine", 16]
     assert (row.status, row.median_ms) == ("out of memory", None)
@@ -540,7 +546,7 @@ def test_a_failed_call_lets_go_of_its_tensors_before_memory_is_released(
         held.append(weakref.ref(intermediate))
         raise torch.OutOfMemoryError("CUDA out of memory.")
 
-    monkeypatch.setattr(measure, "release", watched)
+    replace_release(monkeypatch, watched)
     bench([contenders.nha("big", runs_out)], lengths=[16])
     assert bench.rows["big", 16].status == "out of memory"
     assert alive
@@ -550,11 +556,11 @@ def test_a_failed_call_lets_go_of_its_tensors_before_memory_is_released(
 def test_a_lost_device_ends_the_run_with_its_rows(
     bench: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def lose(lab: object, entry: Any, error: Exception, where: str = "") -> None:
+    def lose(_: object, entry: Any, error: Exception, where: str = "") -> None:
         entry.end("failed", str(error))
-        raise measure.DeviceLost("The device stopped answering: illegal memory access")
+        raise lab.DeviceLost("The device stopped answering: illegal memory access")
 
-    monkeypatch.setattr(measure, "_fail", lose)
+    monkeypatch.setattr(lab, "fail", lose)
 
     def kills(inputs: Inputs) -> torch.Tensor:
         raise RuntimeError("bad kernel")

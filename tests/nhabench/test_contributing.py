@@ -14,7 +14,8 @@ from nhabench.bench import all_contenders
 from nhabench.environment import read_environment
 from nhabench.floors import Ceilings, Floor
 from nhabench.gpu import GpuWatch
-from nhabench.measure import Lab, measure_case
+from nhabench.lab import Lab
+from nhabench.measure import measure_case
 from nhabench.timing import WallClock
 from nhabench.workloads import Case, Workload, parse_workloads
 

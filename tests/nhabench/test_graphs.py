@@ -13,7 +13,9 @@ from nhabench.graphs import Graphs, capture
 from nhabench.guard import marks
 from nhabench.implementations import attend
 from nhabench.inputs import Inputs, make_inputs
-from nhabench.measure import Entry, measure_case, second_timer
+from nhabench.lab import Entry
+from nhabench.measure import measure_case
+from nhabench.racing import second_timer
 from nhabench.timers import compare_timers
 from nhabench.timing import AGREE_FROM_MS, Timing, agree, summarise
 from nhabench.workloads import Workload

@@ -20,7 +20,8 @@ from nhabench.gpu import GpuWatch
 from nhabench.guard import SPOILT, UNCHECKED, UNSEEN, WROTE, fingerprint, marks, out_of_turn, refill
 from nhabench.implementations import attend
 from nhabench.inputs import Inputs, make_inputs
-from nhabench.measure import Lab, measure_case
+from nhabench.lab import Lab
+from nhabench.measure import measure_case
 from nhabench.results import Row
 from nhabench.timing import WallClock
 from nhabench.workloads import Case, Workload

@@ -25,10 +25,12 @@ from nhabench.floors import Ceilings
 from nhabench.gpu import GpuWatch
 from nhabench.implementations import attend
 from nhabench.inputs import Inputs, bytes_needed, make_inputs
-from nhabench.measure import Lab, earlier_rows, measure_case
+from nhabench.lab import Lab
+from nhabench.measure import measure_case
 from nhabench.packed import causal_varlen, padding
 from nhabench.reference import Judge, small_inputs
 from nhabench.results import Row
+from nhabench.rows import earlier_rows
 from nhabench.timing import WallClock
 from nhabench.workloads import Case, Workload, uneven
 

@@ -11,13 +11,13 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from nhabench import cli, measure, reference, selftest
+from nhabench import cli, racing, reference, selftest
 from nhabench.cheats import CHEATS, Planted, plant
 from nhabench.compare import Ratio
 from nhabench.environment import read_environment
 from nhabench.floors import Ceilings
 from nhabench.gpu import GpuWatch
-from nhabench.measure import Lab
+from nhabench.lab import Lab
 from nhabench.selftest import MULTIPLES, Trial, passed, pause_of, run_trials
 from nhabench.timing import Sample, Stopwatch, WallClock
 from nhabench.workloads import Workload
@@ -100,7 +100,7 @@ def test_every_cheat_is_caught_or_of_no_use(tiny: Workload, monkeypatch: pytest.
     assert [one.name for one in planted if not one.caught] == []
     assert time.perf_counter is clock
     # Without the guard they pass for honest.
-    monkeypatch.setattr(measure, "_look_again", lambda entry, inputs: None)
+    monkeypatch.setattr(racing, "look_again", lambda entry, inputs: None)
     with torch.no_grad():
         missed = {one.name for one in plant(lab, tiny.case(100, "float32"), "chunked") if not one.caught}
     assert {"it remembers its output", "it idles once it is warm"} <= missed

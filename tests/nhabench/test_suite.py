@@ -17,7 +17,7 @@ import torch
 
 from nhabench import suite as module
 from nhabench.bench import all_contenders
-from nhabench.measure import DeviceLost
+from nhabench.lab import DeviceLost
 from nhabench.results import Row, load_rows
 from nhabench.suite import Clock, Session, Suite
 from nhabench.workloads import Case, Workload

@@ -1,0 +1,84 @@
+"""From a case to its rows: of what was found, or of what an interrupted run found earlier."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nhabench.contender import Contender
+from nhabench.environment import Environment
+from nhabench.lab import Entry, Lab
+from nhabench.results import Row
+from nhabench.workloads import Case
+
+SHORT_OF_MEMORY = "GiB are free"  # in the note of a case that did not fit
+
+
+def earlier_rows(lab: Lab, case: Case, contenders: Sequence[Contender], rows: Sequence[Row]) -> list[Row] | None:
+    """Of `rows`, those that the same run left of a case before it was interrupted; None where it must be measured.
+
+    The same run: the same command on the same commit, device and software. Of changed code, or code that git does not
+    know, nobody can say whether it is the same. What failed, lacked memory or was not installed is measured again: that
+    may have been of that hour.
+    """
+    here = lab.environment
+    if not here.git_sha or here.git_dirty is not False:
+        return None
+    same = {field.name: getattr(here, field.name) for field in dataclasses.fields(Environment) if field.name != "date"}
+    same |= {**case_columns(case), "direction": "forward"}
+    found = {
+        row.implementation: row
+        for row in rows
+        if not _of_the_hour(row) and all(getattr(row, name) == value for name, value in same.items())
+    }
+    if not all(contender.name in found for contender in contenders):
+        return None
+    earlier = [found[contender.name] for contender in contenders]
+    for contender, row in zip(contenders, earlier, strict=True):
+        if row.median_ms is not None:
+            lab.last[contender.name, case.workload, case.dtype] = (case, row.median_ms / 1e3)
+    return earlier
+
+
+def _of_the_hour(row: Row) -> bool:
+    if row.status == "skipped":
+        return SHORT_OF_MEMORY in row.note
+    return row.status in ("failed", "out of memory", "unavailable")
+
+
+def row_of(lab: Lab, case: Case, entry: Entry) -> Row:
+    """The finished row: the case, what happened, and the rates that follow from it."""
+    floor, contender = entry.contender.floor(case), entry.contender
+    columns: dict[str, Any] = {
+        "floor_bytes": floor.bytes,
+        "floor_flops": floor.flops,
+        "state_bytes": floor.state_bytes,
+        "floor_ms": floor.milliseconds(lab.ceilings),
+        "copy_tb_per_s": lab.ceilings.copy_tb_per_s,
+        "matmul_tflop_per_s": lab.ceilings.matmul_tflop_per_s,
+        **entry.changes,
+    }
+    if entry.status == "ok":
+        milliseconds = entry.changes["median_ms"]
+        columns["floor_fraction"] = columns["floor_ms"] / milliseconds
+        columns["tb_per_s"] = floor.bytes / milliseconds * 1e-9
+        columns["tflop_per_s"] = floor.flops / milliseconds * 1e-9
+    return Row(
+        **dataclasses.asdict(lab.environment),
+        **case_columns(case),
+        direction="forward",
+        implementation=contender.name,
+        label=contender.label,
+        family=contender.family,
+        status=entry.status,
+        note=entry.note,
+        **columns,
+    )
+
+
+def case_columns(case: Case) -> Mapping[str, Any]:
+    shape = dataclasses.asdict(case.workload)
+    del shape["tokens"]
+    sizes = {"batch": case.batch, "seq_len": case.seq_len, "sequences": case.sequences, "dtype": case.dtype}
+    return {"workload": shape.pop("name"), **shape, **sizes}
