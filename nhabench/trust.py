@@ -28,22 +28,33 @@ def percent(fraction: float) -> str:
     return f"{100 * fraction:{'.3g' if fraction < 10 else '.0f'}} %"
 
 
-def selftest_sentences(told: Told) -> list[str]:
-    """Alarms between equals, slowdowns that were caught, by their size, and cheats."""
-    equal = [one for one in told["trials"] if one["slowdown"] == 0]
-    slowed = [one for one in told["trials"] if one["slowdown"] > 0]
-    caught = ", ".join(f"{one['regress']} of {one['comparisons']} by {percent(one['slowdown'])}" for one in slowed)
-    cheats = told["cheats"]
-    missed = [one["name"] for one in cheats if not one["caught"]]
-    return [
-        f"Of {one['comparisons']} comparisons of a call with itself, {one['regress']} said that it became slower "
+def alarms(told: Told) -> str:
+    """What selftest found between equals."""
+    (equal,) = (one for one in told["trials"] if one["slowdown"] == 0)
+    return (
+        f"Of {equal['comparisons']} comparisons of a call with itself, {equal['regress']} said that it became slower "
         f"by more than {percent(told['limit'])}."
-        for one in equal
-    ] + [
-        f"Of calls that were slowed down, it said so of {caught}.",
-        f"Of {len(cheats)} ways to cheat, {len(cheats) - len(missed)} were caught or of no use"
-        + (f"; not so: {', '.join(missed)}." if missed else "."),
-    ]
+    )
+
+
+def caught(told: Told) -> str:
+    """Which slowdowns selftest caught, by their size."""
+    slowed = [one for one in told["trials"] if one["slowdown"] > 0]
+    shares = ", ".join(f"{one['regress']} of {one['comparisons']} by {percent(one['slowdown'])}" for one in slowed)
+    return f"Of calls that were slowed down, it said so of {shares}."
+
+
+def cheats(told: Told) -> str:
+    """Which of the planted cheats selftest caught."""
+    planted = told["cheats"]
+    missed = [one["name"] for one in planted if not one["caught"]]
+    but = f"; not so: {', '.join(missed)}" if missed else ""
+    return f"Of {len(planted)} ways to cheat, {len(planted) - len(missed)} were caught or of no use{but}."
+
+
+def selftest_sentences(told: Told) -> list[str]:
+    """Each thing that selftest asks, in a sentence."""
+    return [sentence(told) for sentence in (alarms, caught, cheats)]
 
 
 def repeat_sentences(told: Told) -> list[str]:
