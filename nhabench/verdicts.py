@@ -108,18 +108,22 @@ def regress(
         "device": device, "dtype": dtype, "seconds": seconds, "limit": limit, "output": output,
     }  # fmt: skip
     environment = _environment(where, command_of("regress", flags, base))
+    bound = LIMITS[where.type] if limit is None else limit
     results = _compared(
-        ref, root, cases(shapes, lengths, dtype_of(dtype, where)), only or serving, where, seconds,
-        LIMITS[where.type] if limit is None else limit, quiet=as_json,
-    )  # fmt: skip
+        ref, root, cases(shapes, lengths, dtype_of(dtype, where)), only or serving, where, seconds, bound, quiet=as_json
+    )
     if results is None:
         raise typer.Exit(EXIT_DEVICE)
     same = not results
     verdict = "pass" if same else worst([one.verdict for one in results])
     comparisons = [{**dataclasses.asdict(one), "case": str(one.case)} for one in results]
     told = {
-        "environment": dataclasses.asdict(environment), "base": ref, "verdict": verdict, "comparisons": comparisons,
-    }  # fmt: skip
+        "environment": dataclasses.asdict(environment),
+        "base": ref,
+        "limit": bound,
+        "verdict": verdict,
+        "comparisons": comparisons,
+    }
     against = "the same code as" if same else "this checkout against"
     shown = console(quiet=as_json, markup=False)
     shown.print(f"{verdict}: {against} {ref}, on {environment.device}")

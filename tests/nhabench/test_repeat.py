@@ -224,7 +224,7 @@ def test_the_shell_is_told(
     if dead:
         assert "Process 2 of 2 ended with exit code -11" in done.stdout
     else:
-        assert f"differ by {100 * spread:.3g} % in the middle one of 1 rows (limit: 10 %)" in done.stdout
+        assert f"differ by {100 * spread:.3g} % in the median of 1 rows (limit: 10 %)" in done.stdout
 
 
 @pytest.mark.parametrize(

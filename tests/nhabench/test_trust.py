@@ -26,11 +26,11 @@ def test_selftest_in_sentences(figures: Figures) -> None:
 
 def test_repeat_in_sentences(figures: Figures) -> None:
     told = figures["repeat.json"]
-    middle = "The medians of 3 fresh processes differ by 0.5 % in the middle one of 1 rows (limit: 1 %); "
-    worst = "0.5 % in the worst row of 50 µs or more, NHA chunked at tiny 1 x 512 float32 (limit: 2 %)."
+    middle = "The medians of 3 fresh processes differ by 0.5 % in the median of 1 rows (limit: 1 %), "
+    worst = "by 0.5 % in the worst row of 50 µs or more, NHA chunked at tiny 1 x 512 float32 (limit: 2 %)."
     assert repeat_sentences(told) == [middle + worst]
     assert repeat_sentences({**told, "worst": None, "troubles": ["It died."]}) == [
-        middle + "no row takes 50 µs.",
+        middle + "and no row takes 50 µs.",
         "It died.",
     ]
     untimed = {**told, "rows": [], "median": None, "worst": None, "troubles": ["It died."]}
