@@ -64,11 +64,12 @@ def repeat_sentences(told: Told) -> list[str]:
     if not spreads:
         return ["No row was timed by every process.", *told["troubles"]]
     least = f"{1e3 * limits['worst_from_ms']:.0f} µs"
-    middle = f"{percent(told['median'])} in the median of {len(spreads)} rows (limit: {percent(limits['median'])})"
+    within = {name: f"limit: {percent(limits[name])}" for name in ("median", "worst")}
+    middle = f"{percent(told['median'])} in the median of {len(spreads)} rows ({within['median']})"
     most = f"and no row takes {least}"
     if worst:
         row = f"{worst['label']} at {worst['case']}"
-        most = f"by {percent(worst['spread'])} in the worst row of {least} or more, {row} (limit: {percent(limits['worst'])})"
+        most = f"by {percent(worst['spread'])} in the worst row of {least} or more, {row} ({within['worst']})"
     return [f"The medians of {len(told['processes'])} fresh processes differ by {middle}, {most}.", *told["troubles"]]
 
 
