@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import warnings
+from functools import partial
 from importlib import metadata
 from typing import Any
 
@@ -31,6 +32,7 @@ from nhabench.floors import (
 from nhabench.inputs import Inputs
 from nhabench.workloads import Case
 
+PACKED = "It takes no packed sequences: it would attend across their boundaries."
 MATH_BYTES = 4 * 2**30  # what the T x T matrices of the math backend may take
 
 
@@ -132,6 +134,8 @@ def _sdpa_contender(name: str) -> Contender:
         return None
 
     def cannot(case: Case, device: torch.device) -> str | None:
+        if case.sequences:
+            return PACKED
         # Logits and probabilities in fp32, whatever the dtype.
         needed = case.batch * case.workload.q_heads * case.seq_len**2 * 8
         if backend is SDPBackend.MATH and needed > MATH_BYTES:
@@ -157,13 +161,21 @@ def _flash_attn_contender(name: str, label: str, module: str, distributions: tup
         return f"{distributions[0]} takes 16-bit inputs, not float32." if case.dtype == "float32" else None
 
     def bind(inputs: Inputs) -> Call:
-        attention = importlib.import_module(module).flash_attn_func
-        x = inputs.rotated
+        package, x = importlib.import_module(module), inputs.rotated
+        if x.cu_seqlens is None:
+            attend, q, k, v = partial(package.flash_attn_func, causal=True), x.q, x.k, x.v
+        else:
+            cu, longest = x.cu_seqlens, max(x.case.lengths)
+            attend = partial(
+                package.flash_attn_varlen_func, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest,
+                max_seqlen_k=longest, causal=True,
+            )  # fmt: skip
+            q, k, v = x.q[0], x.k[0], x.v[0]
 
         def call() -> torch.Tensor:
-            out: Any = attention(x.q, x.k, x.v, causal=True)
+            out: Any = attend(q, k, v)
             result: torch.Tensor = out[0] if isinstance(out, tuple) else out  # early FA3 adds the log-sum-exp
-            return result
+            return result.view_as(x.q)
 
         return call
 
@@ -175,10 +187,13 @@ def _flash_attn_contender(name: str, label: str, module: str, distributions: tup
 # Window-only attention ------------------------------------------------------------------------------------------------
 
 
-def blocked_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int) -> torch.Tensor:
+def blocked_window(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int, cu_seqlens: torch.Tensor | None = None
+) -> torch.Tensor:
     """Causal attention over the last `window` tokens in O(T): each block of W queries sees its own and the last block.
 
-    q [B,T,HQ,D], k and v [B,T,H,D] -> o [B,T,HQ,D]; plain PyTorch, any device and dtype.
+    q [B,T,HQ,D], k and v [B,T,H,D] -> o [B,T,HQ,D]; plain PyTorch, any device and dtype. cu_seqlens: of packed
+    sequences, with B = 1.
     """
     batch, length, heads, size = q.shape
     window = min(window, length)
@@ -197,6 +212,12 @@ def blocked_window(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: in
     distance = t[:, None] + window - torch.arange(2 * window, device=q.device)  # [W, 2W]
     band = ((distance >= 0) & (distance < window)).repeat(blocks, 1, 1)  # [blocks, W, 2W]
     band[0, :, :window] = False  # the first block has no previous one
+    if cu_seqlens is not None:
+        owner = torch.arange(len(cu_seqlens) - 1, device=q.device).repeat_interleave(
+            cu_seqlens.diff(), output_size=length
+        )
+        owner = F.pad(owner, (window, fill), value=-1).unfold(0, 2 * window, window)  # [blocks, 2W]: whose a token is
+        band &= owner[:, window:, None] == owner[:, None]
     mask = band.repeat(batch, 1, 1).unsqueeze(1)  # [B*blocks, 1, W, 2W]
     o = F.scaled_dot_product_attention(
         fold(q).flatten(0, 1).transpose(1, 2),
@@ -214,11 +235,16 @@ def _window_contender() -> Contender:
     def bind(inputs: Inputs) -> Call:
         window, x = inputs.case.workload.window, inputs.rotated
         if not _flash_window(inputs.case, inputs.q.device):
-            return lambda: blocked_window(x.q, x.k, x.v, window)
-        from nha_kernels.flash_window import window_attention
+            return lambda: blocked_window(x.q, x.k, x.v, window, x.cu_seqlens)
+        from nha_kernels.flash_window import Packing, window_attention, window_kernel
 
         scale = inputs.q.shape[-1] ** -0.5
-        return lambda: window_attention(x.q, x.k, x.v, window, scale)
+        if x.cu_seqlens is None:
+            return lambda: window_attention(x.q, x.k, x.v, window, scale)
+        kernel = window_kernel(torch.cuda.get_device_capability(x.q.device))
+        longest = max(x.case.lengths)
+        packing = Packing(x.cu_seqlens, x.cu_seqlens, longest, longest, window, scale)
+        return lambda: kernel.forward(x.q[0], x.k[0], x.v[0], packing)[0].view_as(x.q)
 
     def cannot(case: Case, device: torch.device) -> str | None:
         if case.workload.window == 0:
@@ -274,6 +300,7 @@ def _linear_contender() -> Contender:
         family="linear",
         floor=linear_floor,
         bind=lambda inputs: lambda: chunked_linear(inputs.q, inputs.k, inputs.v),
+        cannot=lambda case, device: PACKED if case.sequences else None,
         exact=linear_direct,
     )
 
@@ -308,10 +335,11 @@ def _fla_contender(name: str, label: str, path: str, floor: FloorFunction) -> Co
 
     def bind(inputs: Inputs) -> Call:
         operation = getattr(importlib.import_module(module), function)
-        operands = _fla_operands(name, inputs)
+        operands, cu = _fla_operands(name, inputs), inputs.cu_seqlens
+        packed = {} if cu is None else {"cu_seqlens": cu.long()}
 
         def call() -> torch.Tensor:
-            result: torch.Tensor = operation(*operands)[0]
+            result: torch.Tensor = operation(*operands, **packed)[0]
             return result
 
         return call

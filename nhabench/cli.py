@@ -76,6 +76,9 @@ def bench(
     dtype: Dtype = None,
     seconds_per_case: Annotated[float, typer.Option(help="Time limit of timing at each B x T.")] = 2.0,
     output: Annotated[Path | None, typer.Option(help="Folder for CSV and plots. results/<device> by default.")] = None,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Also time calls that find their inputs in the caches (column warm_ms).")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with this same command where it was interrupted, at this commit.")
     ] = False,
@@ -96,7 +99,7 @@ def bench(
     shapes = changed(shapes, window, slots, tokens, rope)
     flags: Flags = {
         "workload": workload, "workloads-file": workloads_file, "seq-len": seq_len, "window": window, "slots": slots,
-        "tokens": tokens, "rope": rope, "only": only, "device": device, "dtype": dtype, "output": output,
+        "tokens": tokens, "rope": rope, "warm": warm, "only": only, "device": device, "dtype": dtype, "output": output,
         "seconds-per-case": None if seconds_per_case == 2.0 else seconds_per_case,
     }  # fmt: skip
     options = Options(
@@ -108,6 +111,7 @@ def bench(
         command=command_of("bench", flags),
         trim=not workload and not seq_len,
         resume=resume,
+        warm=warm,
     )
     raise typer.Exit(_run(options, as_json))
 

@@ -10,8 +10,13 @@ from nhabench.results import Row
 
 
 def length_of(row: Row) -> int:
-    """T of a row."""
-    return row.seq_len
+    """T of a row; of packed sequences their mean length."""
+    return round(row.seq_len / row.sequences) if row.sequences else row.seq_len
+
+
+def length_name(row: Row) -> str:
+    """What that length is called."""
+    return "mean T" if row.sequences else "T"
 
 
 def fastest_by(at: Callable[[Row], int], rows: Sequence[Row], family: str) -> dict[int, Row]:
@@ -57,8 +62,9 @@ class Crossover:
         nha, full = self.nha.label, self.full.label.removeprefix("full: ")
         if self.seq_len is None:
             ratio = time_of(self.nha) / time_of(self.full)
-            return f"{nha} is {ratio:.1f}x slower than full attention ({full}) at T={self.nha.seq_len}"
-        where = f"from T={self.seq_len}" if self.at is not None else "at every length measured"
+            at = f"{length_name(self.nha)}={length_of(self.nha)}"
+            return f"{nha} is {ratio:.1f}x slower than full attention ({full}) at {at}"
+        where = f"from {length_name(self.nha)}={self.seq_len}" if self.at is not None else "at every length measured"
         return f"{nha} is faster than full attention ({full}) {where}"
 
 

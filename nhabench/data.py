@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from nhabench.crossover import fastest_by_length, time_of
+from nhabench.crossover import fastest_by_length, length_of, time_of
 from nhabench.environment import Environment
 from nhabench.results import Row
 from nhabench.roofline import allowed, intensity, on_roofline
@@ -44,7 +44,13 @@ def _shown(value: Value) -> str:
 
 Columns = Mapping[str, Callable[[Row], Value]]  # by title
 
-_CASE: Columns = {"implementation": lambda row: row.label, "B": lambda row: row.batch, "T": lambda row: row.seq_len}
+_CASE: Columns = {
+    "implementation": lambda row: row.label,
+    "B": lambda row: row.batch,
+    "T": lambda row: row.seq_len,
+    "packed sequences": lambda row: row.sequences or None,
+    "mean T": lambda row: length_of(row) if row.sequences else None,
+}
 _TIME: Columns = {
     "median, ms": lambda row: row.median_ms,
     "95 % low": lambda row: row.low_ms,
@@ -72,10 +78,10 @@ def _of_rows(rows: Iterable[Row], *columns: Columns) -> Table:
     NHA first, then the other families; in each the implementation first that came to the largest T, and there was the
     fastest.
     """
-    lines = sorted(rows, key=lambda row: (row.seq_len, row.batch))
+    lines = sorted(rows, key=lambda row: (length_of(row), row.batch))
     known = {title: value for part in columns for title, value in part.items()}
     every = {title: value for title, value in known.items() if any(value(row) is not None for row in lines)}
-    last = {row.implementation: (-row.seq_len, time_of(row)) for row in lines}
+    last = {row.implementation: (-length_of(row), time_of(row)) for row in lines}
     lines.sort(key=lambda row: (FAMILIES.index(row.family), last[row.implementation], row.implementation))
     return table(list(every), ([value(row) for value in every.values()] for row in lines))
 
@@ -85,6 +91,8 @@ def latency_data(rows: Sequence[Row]) -> Table:
     more: Columns = {
         "min, ms": lambda row: row.min_ms,
         "p95, ms": lambda row: row.p95_ms,
+        "as a CUDA graph, ms": lambda row: row.graph_ms,
+        "warm, ms": lambda row: row.warm_ms,
         **_FLOOR,
         **_MEMORY,
         "timer": lambda row: row.timer or None,
@@ -96,14 +104,14 @@ def latency_data(rows: Sequence[Row]) -> Table:
 def speedup_data(rows: Sequence[Row]) -> Table:
     """The speed of every timed row, except full attention's, against the fastest full attention at its T."""
     full = fastest_by_length(rows, "full")
-    gain: Columns = {"speed-up": lambda row: time_of(full[row.seq_len]) / time_of(row)}
+    gain: Columns = {"speed-up": lambda row: time_of(full[length_of(row)]) / time_of(row)}
     rival: Columns = {
-        "fastest full": lambda row: full[row.seq_len].label.removeprefix("full: "),
-        "its median, ms": lambda row: full[row.seq_len].median_ms,
-        "its 95 % low": lambda row: full[row.seq_len].low_ms,
-        "its 95 % high": lambda row: full[row.seq_len].high_ms,
+        "fastest full": lambda row: full[length_of(row)].label.removeprefix("full: "),
+        "its median, ms": lambda row: full[length_of(row)].median_ms,
+        "its 95 % low": lambda row: full[length_of(row)].low_ms,
+        "its 95 % high": lambda row: full[length_of(row)].high_ms,
     }
-    shown = (row for row in rows if row.timed and row.family != "full" and row.seq_len in full)
+    shown = (row for row in rows if row.timed and row.family != "full" and length_of(row) in full)
     return _of_rows(shown, _CASE, gain, _TIME, rival)
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 
-from nhabench.crossover import fastest_by_length, find_crossover, time_of
+from nhabench.crossover import fastest_by_length, find_crossover, length_name, time_of
 from nhabench.plots import of_several_runs
 from nhabench.results import HOST_TIME, Row
-from nhabench.tables import significant, where
+from nhabench.tables import Place, place_of, significant, where
 
 RIVALS = {"full": "full attention", "window": "window alone", "linear": "linear attention"}
 
@@ -21,7 +21,11 @@ def crossing(rows: Sequence[Row]) -> str:
         ]
         why = f"{' and '.join(absent)} not timed" if absent else "not timed at a common length"
         return f"No crossover: {why}"
-    at = f"; the lines cross at T ≈ {significant(crossover.at, 2)}" if crossover.at is not None else ""
+    at = (
+        f"; the lines cross at {length_name(crossover.nha)} ≈ {significant(crossover.at, 2)}"
+        if crossover.at is not None
+        else ""
+    )
     return f"{crossover.sentence}{at}"
 
 
@@ -54,15 +58,16 @@ def against(rows: Sequence[Row], family: str) -> str:
     faster = [length for length, (ours, other) in pairs.items() if _high(ours) < _low(other)]
     slower = [length for length, (ours, other) in pairs.items() if _low(ours) > _high(other)]
     level = [length for length in lengths if length not in faster and length not in slower]
+    name = length_name(rows[0])
     verdicts = [
-        f"{word} at {_runs(some, lengths)}"
+        f"{word} at {_runs(name, some, lengths)}"
         for word, some in (("faster", faster), ("slower", slower), ("level within the intervals", level))
         if some
     ]
     first, last = lengths[0], lengths[-1]
-    speeds = f"{_speed(*pairs[first])} its speed at T={first}"
+    speeds = f"{_speed(*pairs[first])} its speed at {name}={first}"
     if last != first:
-        speeds += f", {_speed(*pairs[last])} at T={last}"
+        speeds += f", {_speed(*pairs[last])} at {name}={last}"
     us = names_of(nha[length] for length in lengths)
     them = names_of(rivals[length] for length in lengths)
     rival = RIVALS[family] if them == RIVALS[family] else f"{RIVALS[family]} ({them})"
@@ -88,8 +93,8 @@ def names_of(rows: Iterable[Row]) -> str:
     return " or ".join(label.replace(" (", ", ").replace(")", "") for label in plain)
 
 
-def _runs(some: Sequence[int], lengths: Sequence[int]) -> str:
-    """'T=512, 2048 to 131072': neighbours among the measured lengths are drawn together."""
+def _runs(name: str, some: Sequence[int], lengths: Sequence[int]) -> str:
+    """'T=512, 2048 to 131072', where T is the name: neighbours among the measured lengths are drawn together."""
     if len(some) == len(lengths):
         return "every length measured"
     runs: list[list[int]] = []
@@ -99,7 +104,7 @@ def _runs(some: Sequence[int], lengths: Sequence[int]) -> str:
             runs[-1].append(length)
         else:
             runs.append([length])
-    return "T=" + ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
+    return f"{name}=" + ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]} to {run[-1]}" for run in runs)
 
 
 def floor_reached(rows: Sequence[Row]) -> str:
@@ -135,10 +140,10 @@ def marked(rows: Sequence[Row]) -> list[str]:
     )
     told = []
     for what, holds in marks:
-        places: dict[str, set[tuple[str, int]]] = {}
+        places: dict[str, set[Place]] = {}
         for row in rows:
             if row.timed and holds(row):
-                places.setdefault(row.label, set()).add((row.workload, row.seq_len))
+                places.setdefault(row.label, set()).add(place_of(row))
         if places:
             told.append(f"{what}: {'; '.join(f'{label} ({where(at)})' for label, at in places.items())}.")
     return told

@@ -4,7 +4,7 @@ the bytes that it must keep of the past for the next token.
 Sizes: B batch, T length, HQ query heads, H kv heads, D head size, M slots, W window, e bytes of an element. Every
 input is read once and every output written once; keys, values and gates exist once for each kv head, whatever an
 implementation may repeat. A multiply-add counts as two operations; exponentials are not counted. What is kept of the
-past is kept for each sequence of the batch: tokens in e bytes a number, a recurrent state in fp32.
+past is kept for each sequence, of the batch or packed: tokens in e bytes a number, a recurrent state in fp32.
 """
 
 from __future__ import annotations
@@ -37,33 +37,35 @@ class Floor:
         return max(self.bytes / ceilings.copy_tb_per_s, self.flops / ceilings.matmul_tflop_per_s) * 1e-9
 
 
-def _attended(case: Case, window: int) -> int:
+def _attended(length: int, window: int) -> int:
     """Pairs (query, key) of one sequence under a causal window: the sum over t of min(t + 1, window)."""
-    full = min(window, case.seq_len)
-    return full * (full + 1) // 2 + (case.seq_len - full) * window
+    full = min(window, length)
+    return full * (full + 1) // 2 + (length - full) * window
 
 
 def _floor(case: Case, gates: int, flops: int, state_bytes: int) -> Floor:
     """`gates`: elements of gates for each token and kv head, beside q, k, v and o."""
     w = case.workload
     elements = 2 * w.q_heads * w.head_dim + w.kv_heads * (2 * w.head_dim + gates)
-    return Floor(case.tokens * elements * case.torch_dtype.itemsize, flops, state_bytes)
+    return Floor(case.tokens * elements * case.torch_dtype.itemsize + case.offset_bytes, flops, state_bytes)
 
 
 def _kept_tokens(case: Case, tokens: int, gates: int = 0) -> int:
     # Keys and values, and gates of those that are still to enter a recurrent state.
     w = case.workload
-    return case.batch * w.kv_heads * min(tokens, case.seq_len) * (2 * w.head_dim + gates) * case.torch_dtype.itemsize
+    kept = sum(min(tokens, length) for length in case.lengths)
+    return w.kv_heads * kept * (2 * w.head_dim + gates) * case.torch_dtype.itemsize
 
 
 def _recurrent(case: Case, rows: int) -> int:
     """A state of `rows` rows of D numbers for each kv head."""
-    return case.batch * case.workload.kv_heads * rows * case.workload.head_dim * 4
+    return len(case.lengths) * case.workload.kv_heads * rows * case.workload.head_dim * 4
 
 
 def _softmax_flops(case: Case, window: int) -> int:
     # Logits and the weighted sum of values: 2 D operations each for a pair.
-    return case.batch * case.workload.q_heads * _attended(case, window) * 4 * case.workload.head_dim
+    pairs = sum(_attended(length, window) for length in case.lengths)
+    return case.workload.q_heads * pairs * 4 * case.workload.head_dim
 
 
 def _slot_flops(case: Case) -> int:

@@ -19,14 +19,16 @@ def attend(inputs: Inputs, backend: str) -> torch.Tensor:
     window = inputs.case.workload.window
     try:
         o, _ = native_hybrid_attention(
-            inputs.q, inputs.k, inputs.v, inputs.g, window, rope=inputs.rope, backend=backend
-        )
+            inputs.q, inputs.k, inputs.v, inputs.g, window,
+            rope=inputs.rope, cu_seqlens=inputs.cu_seqlens, backend=backend,
+        )  # fmt: skip
         return o
     except UnsupportedCall as error:
         raise Unsupported(str(error)) from error
 
 
-def _missing(backend: str, device: torch.device) -> str | None:
+def missing_backend(backend: str, device: torch.device) -> str | None:
+    """A sentence saying why an NHA backend cannot run on this device at all, or None."""
     reason = IMPLEMENTATIONS[backend].why_unavailable(device.type)
     return None if reason is None else f"{reason[0].upper()}{reason[1:]}."
 
@@ -47,7 +49,7 @@ def _contender(backend: str) -> Contender:
         family="nha",
         floor=nha_floor,
         bind=bind,
-        missing=lambda device: _missing(backend, device),
+        missing=lambda device: missing_backend(backend, device),
         cannot=_too_long if backend == "naive" else lambda case, device: None,
     )
 

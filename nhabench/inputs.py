@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +26,8 @@ COLD_FACTOR = 4  # the sets together are this many times the L2, so none of a se
 class Inputs:
     """q [B,T,HQ,D], k and v [B,T,H,D], and the log forget gates g [B,T,H,M] <= 0, all in the case's dtype.
 
-    rope: of a workload with a rotary embedding, its tables (cos, sin) [T, D/2] in fp32.
+    rope: of a workload with a rotary embedding, its tables (cos, sin) [T, D/2] in fp32. cu_seqlens: of N packed
+    sequences, where they begin and the last one ends, [N + 1] in int32.
     """
 
     case: Case
@@ -34,14 +36,23 @@ class Inputs:
     v: torch.Tensor
     g: torch.Tensor
     rope: tuple[torch.Tensor, torch.Tensor] | None = None
+    cu_seqlens: torch.Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same values in another dtype (float64 for a reference)."""
         return self._map(lambda x: x.to(dtype))
 
-    def sequence(self, index: int) -> Inputs:
-        """One sequence of the batch, as views."""
-        return self._map(lambda x: x[index : index + 1])
+    def parts(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A tensor [B, T, ...] by sequences, those of the batch or those packed: views [1, its length, ...]."""
+        return x.split(1) if self.cu_seqlens is None else x.split(self.case.lengths, dim=1)
+
+    def apart(self) -> Iterator[Inputs]:
+        """Every sequence by itself, as views."""
+        for length, q, k, v, g in zip(
+            self.case.lengths, *map(self.parts, (self.q, self.k, self.v, self.g)), strict=True
+        ):
+            case = dataclasses.replace(self.case, batch=1, seq_len=length, sequences=0)
+            yield Inputs(case, q, k, v, g, self.rope)
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
         q, k, v, g = (change(x) for x in (self.q, self.k, self.v, self.g))
@@ -59,7 +70,8 @@ class Inputs:
     def tensors(self) -> list[torch.Tensor]:
         """All of them, those that are made of them included."""
         made = [] if self.rope is None else [*self.rope, self.rotated.q, self.rotated.k]
-        return [self.q, self.k, self.v, self.g, *made]
+        offsets = [] if self.cu_seqlens is None else [self.cu_seqlens]
+        return [self.q, self.k, self.v, self.g, *made, *offsets]
 
     def copy_(self, other: Inputs) -> None:
         """Take over the values of inputs of the same case, into the same tensors."""
@@ -89,7 +101,13 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     q, k, v = normal(w.q_heads, w.head_dim), normal(w.kv_heads, w.head_dim), normal(w.kv_heads, w.head_dim)
     rates = torch.logspace(math.log10(SLOWEST_GATE), 0, w.slots, device=device, dtype=case.torch_dtype)
     g = F.logsigmoid(normal(w.kv_heads, w.slots)).mul_(rates)
-    return Inputs(case, q, k, v, g, rotary_tables(case.seq_len, w.head_dim, device) if w.rope else None)
+    rope = rotary_tables(case.seq_len, w.head_dim, device) if w.rope else None
+    return Inputs(case, q, k, v, g, rope, offsets(case, device) if case.sequences else None)
+
+
+def offsets(case: Case, device: torch.device) -> torch.Tensor:
+    """cu_seqlens [N + 1] in int32: where the packed sequences of a case begin, and the last one ends."""
+    return torch.tensor([0, *itertools.accumulate(case.lengths)], dtype=torch.int32, device=device)
 
 
 def rotary_tables(length: int, head_dim: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -16,7 +16,15 @@ from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.text import Text
 
-from nhabench.crossover import Crossover, fastest_by, fastest_by_length, find_crossover, length_of, time_of
+from nhabench.crossover import (
+    Crossover,
+    fastest_by,
+    fastest_by_length,
+    find_crossover,
+    length_name,
+    length_of,
+    time_of,
+)
 from nhabench.results import HOST_TIME, Row
 from nhabench.tables import FAMILIES, grouped, shape, significant
 
@@ -46,10 +54,12 @@ _STYLES = {
     "flash": Style(_ORANGE, "s", "-"),
     "chunked": Style(_PURPLE, "^", "-"),
     "naive": Style(_BLACK, "x", "-"),
+    "triton-padded": Style(_VERMILLION, "P", "-"),
     "sdpa-cudnn": Style(_BLUE, "D", "--"),
     "sdpa-flash": Style(_BLUE, "v", "--"),
     "sdpa-efficient": Style(_SKY, "<", "--"),
     "sdpa-math": Style(_SKY, ">", "--"),
+    "torch-varlen": Style(_BLUE, ">", "--"),
     "flash-attn-2": Style(_BLUE, "P", "--"),
     "flash-attn-3": Style(_BLUE, "X", "--"),
     "window": Style("#666666", "*", "-."),
@@ -170,7 +180,8 @@ def headline(
     figure.set_label(finding)
     figure.text(left, 0.975, finding, fontsize=13, fontweight="bold", va="top")
     where = f"{subject} on {row.device}: {sizes or f'{row.workload} ({shape(row)}, {row.dtype})'}"
-    remarks = [remark] if (remark := of_several_runs(rows)) else []
+    remarks = [f"sequences of uneven lengths, {row.seq_len} tokens packed in a call"] if row.sequences else []
+    remarks += [remark] if (remark := of_several_runs(rows)) else []
     if any(HOST_TIME in row.timer for row in rows):
         remarks.append("hollow: includes host time")
     if remarks:
@@ -192,18 +203,22 @@ def of_several_runs(rows: Sequence[Row]) -> str:
 
 def _length_axis(axis: Axes, rows: Sequence[Row], most: int = 12) -> None:
     """Log scale of T, with `most` lengths named at most, the largest always."""
-    lengths = sorted({row.seq_len for row in rows})
+    lengths = sorted(set(map(length_of, rows)))
     axis.set_xscale("log", base=2)
     axis.xaxis.set_major_locator(ticker.FixedLocator(lengths[:: -math.ceil(len(lengths) / most)]))
     axis.xaxis.set_major_formatter(ticker.FuncFormatter(lambda x, _: in_k(x)))
     axis.xaxis.set_minor_locator(ticker.NullLocator())
     axis.set_xlim(lengths[0] / 1.2, lengths[-1] * 1.12)
+    axis.set_xlabel(_length_title(rows))
+    plain_axis(axis)
+
+
+def _length_title(rows: Sequence[Row]) -> str:
+    if rows[0].sequences:
+        return "mean length T of the packed sequences"
     # Where B > 1 all lengths have (about) the same tokens; B = 1 says nothing of how many were held.
     held = max((row.batch * row.seq_len for row in rows if row.batch > 1), default=0)
-    axis.set_xlabel(
-        f"sequence length T  (batch so that B·T = {held}, at least 1)" if held else "sequence length T  (B = 1)"
-    )
-    plain_axis(axis)
+    return f"sequence length T  (batch so that B·T = {held}, at least 1)" if held else "sequence length T  (B = 1)"
 
 
 def in_k(tokens: float) -> str:
@@ -338,7 +353,7 @@ def latency(rows: Sequence[Row]) -> Figure | None:
     draw_times(axis, lines, leaders)
     crossover = find_crossover(rows)
     if crossover is not None and crossover.at is not None:
-        _mark_crossover(axis, crossover, rows)
+        _mark_crossover(axis, crossover, timed)
     finding = crossover.sentence if crossover else "Forward latency"
     headline(figure, finding, "Forward latency", timed, absent)
     label_ends(axis, ends_of(lines, time_of, leaders))
@@ -359,9 +374,14 @@ def _mark_crossover(axis: Axes, crossover: Crossover, rows: Sequence[Row]) -> No
     # Lines rise to the right: beside the mark, the upper left is the free side, unless the mark is at the very left.
     first, last = lengths[0], max(lengths[-1], after)
     at_left = math.log(at / first) < 0.4 * math.log(last / first)
+    span = 0.4 * math.log(last / first)  # that the words take, to the one side
+    beside = [row for row in rows if 0 <= math.log(length_of(row) / at) * (1 if at_left else -1) <= span]
+    low, high = axis.get_ylim()
+    highest = max((time_of(row) for row in beside), default=low)
+    axis.set_ylim(top=max(high, low * (highest / low) ** (8 / 7)))  # an eighth of the height for them
     full_name = crossover.full.label.removeprefix("full: ")
     axis.annotate(
-        f"{crossover.nha.label} overtakes\n{full_name} at T ≈ {significant(at, 2)} →",
+        f"{crossover.nha.label} overtakes\n{full_name} at {length_name(crossover.nha)} ≈ {significant(at, 2)} →",
         xy=(at, 1.0), xycoords=("data", "axes fraction"), xytext=(4 if at_left else -4, -4),
         textcoords="offset points", ha="left" if at_left else "right", va="top", fontsize=9, fontweight="bold",
         zorder=7, path_effects=_HALO,
@@ -371,12 +391,12 @@ def _mark_crossover(axis: Axes, crossover: Crossover, rows: Sequence[Row]) -> No
 def speedup(rows: Sequence[Row]) -> Figure | None:
     """How many times faster than the fastest full attention at the same T, for NHA, window and linear attention."""
     full = fastest_by_length(rows, "full")
-    lines, absent = contest([row for row in rows if row.seq_len in full], ("nha", "window", "linear"))
+    lines, absent = contest([row for row in rows if length_of(row) in full], ("nha", "window", "linear"))
     if not lines:
         return None
 
     def gain(row: Row) -> float:
-        return time_of(full[row.seq_len]) / time_of(row)
+        return time_of(full[length_of(row)]) / time_of(row)
 
     figure, (axis,) = new_figure(1, right=0.76)
     timed = [row for line in lines.values() for row in line]
@@ -390,7 +410,7 @@ def speedup(rows: Sequence[Row]) -> Figure | None:
     subject = "Forward speed-up over full attention"
     headline(figure, _speedup_finding(rows, gain), subject, [*timed, *full.values()], absent)
     names = " / ".join(dict.fromkeys(row.label.removeprefix("full: ") for row in full.values()))
-    baseline = End(timed[-1].seq_len, 1.0, f"fastest full ({names})", _BLUE, bold=True)
+    baseline = End(length_of(timed[-1]), 1.0, f"fastest full ({names})", _BLUE, bold=True)
     label_ends(axis, [*ends_of(lines, gain, leaders), baseline])
     return figure
 
@@ -403,7 +423,7 @@ def _speedup_finding(rows: Sequence[Row], gain: Callable[[Row], float]) -> str:
     best = max((row for length, row in nha.items() if length in full), key=gain)
     word = "faster than" if gain(best) >= 1 else "the speed of"
     digits = 1 if gain(best) < 10 else 0
-    return f"{best.label}: up to {gain(best):.{digits}f}x {word} full attention (T={best.seq_len})"
+    return f"{best.label}: up to {gain(best):.{digits}f}x {word} full attention ({length_name(best)}={length_of(best)})"
 
 
 def floor(rows: Sequence[Row]) -> Figure | None:
@@ -421,7 +441,7 @@ def floor(rows: Sequence[Row]) -> Figure | None:
     )
     for axis, (title, value, ceiling, ceiling_name) in zip(axes, panels, strict=True):
         _length_axis(axis, timed, most=6)
-        axis.set_xlabel("sequence length T")
+        axis.set_xlabel("mean length T of the packed sequences" if first.sequences else "sequence length T")
         axis.set_title(title, fontsize=10, loc="left")
         for name, line in lines.items():
             _draw_line(axis, line, value, name in leaders)

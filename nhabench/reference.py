@@ -7,6 +7,7 @@ one wrong row cannot hide in. What is allowed is derived, never guessed: twice t
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -57,10 +58,20 @@ def allowed(measured: Distance, workload: Workload) -> Distance:
     return Distance(2 * measured.total + extra, 2 * measured.worst + extra)
 
 
-def small_inputs(workload: Workload, dtype: str, device: torch.device) -> Inputs:
-    """Inputs of one short sequence of a workload, long enough to fill its window, short enough for naive."""
+def small_inputs(workload: Workload, dtype: str, device: torch.device, sequences: int = 0) -> Inputs:
+    """Inputs of one short sequence of a workload, long enough to fill its window, short enough for naive; or of as many
+    tokens with `sequences` packed in them."""
     length = min(max(SMALL_LENGTH, 2 * workload.window), NAIVE_LENGTH)
-    return make_inputs(Case(workload, 1, length, dtype), device, seed=7)
+    return make_inputs(Case(workload, 1, length, dtype, sequences), device, seed=7)
+
+
+def each_apart(inputs: Inputs, run: Callable[[Inputs], torch.Tensor]) -> torch.Tensor:
+    """o [B,T,HQ,D] in float64, of every sequence by itself: what is not there cannot cross a boundary. One at a time
+    bounds the float64 intermediates, too."""
+    o = torch.empty(inputs.q.shape, dtype=torch.float64, device=inputs.q.device)
+    for part, one in zip(inputs.parts(o), inputs.apart(), strict=True):
+        part.copy_(run(one))
+    return o
 
 
 class Judge:
@@ -79,13 +90,10 @@ class Judge:
     def reference(self, inputs: Inputs) -> tuple[torch.Tensor, str]:
         """(o in float64, the name of what computed it). Raises ArithmeticError when chunked cannot be trusted."""
         if inputs.case.tokens <= NAIVE_LENGTH:
-            return attend(inputs.to(torch.float64), "naive"), "naive float64"
+            return each_apart(inputs, lambda one: attend(one.to(torch.float64), "naive")), "naive float64"
         if not self.chunked_is_exact:
             raise ArithmeticError(
                 f"chunked in float64 is {self.chunked_error:.1e} away from naive in float64 at a small size, "
                 "so it cannot be the reference"
             )
-        o = torch.empty(inputs.q.shape, dtype=torch.float64, device=inputs.q.device)
-        for index in range(inputs.case.batch):  # one sequence at a time bounds the float64 intermediates
-            o[index] = attend(inputs.sequence(index).to(torch.float64), "chunked")[0]
-        return o, "chunked float64"
+        return each_apart(inputs, lambda one: attend(one.to(torch.float64), "chunked")), "chunked float64"

@@ -157,27 +157,27 @@ def summary(report: Report) -> dict[str, object]:
 
 
 def _section(name: str, rows: Sequence[Row], taken: set[str]) -> Section:
-    groups = list(grouped(rows).values())
+    groups = grouped(rows)
     told = reasons(rows)
     return Section(
         title=f"{name}: {rows[0].direction}, {rows[0].device}",
-        overview=overview(groups),
-        groups=[_group(name, group, taken) for group in groups],
+        overview=overview(list(groups.values())),
+        groups=[_group(name, title, group, taken) for (title, _, _), group in groups.items()],
         incorrect=[sentence for status, sentence in told if status == "incorrect"],
         absent=[sentence for status, sentence in told if status != "incorrect"],
         marks=marked(rows),
     )
 
 
-def _group(name: str, rows: Sequence[Row], taken: set[str]) -> Group:
+def _group(name: str, title: str, rows: Sequence[Row], taken: set[str]) -> Group:
     first = rows[0]
-    anchor = re.sub(r"[^a-z0-9.]+", "-", f"{name.removesuffix('.csv')}-{first.workload}-{first.dtype}".lower())
+    anchor = re.sub(r"[^a-z0-9.]+", "-", f"{name.removesuffix('.csv')}-{title}-{first.dtype}".lower())
     while anchor in taken:  # on a second device
         anchor += "-more"
     taken.add(anchor)
     subject = f"{first.direction} on {first.device}, {shape(first)}, {first.dtype}; {name}"
     plots = list(_plots(rows, anchor))
-    return Group(anchor, first.workload, subject, crossing(rows), findings(rows), plots)
+    return Group(anchor, title, subject, crossing(rows), findings(rows), plots)
 
 
 # What is drawn, with its data and the number of its panels side by side.

@@ -56,7 +56,7 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
     leaders = leaders_of(placed, ("nha", "full"))
     _draw_points(axis, lines, leaders)
     _draw_roof(axis, placed)
-    axis.set_xlabel("arithmetic intensity of the floor, FLOP/B  (a point for each T; B·T as in the other plots)")
+    axis.set_xlabel("arithmetic intensity of the floor, FLOP/B  (a point for each length; B·T as in the other plots)")
     axis.set_ylabel("achieved TFLOP/s: FLOPs of the floor / time")
     plain_axis(axis)
     headline(figure, finding(placed), "Roofline of the forward pass", placed, absent)

@@ -43,7 +43,7 @@ def sweeps(rows: Sequence[Row], size: Size) -> list[list[Row]]:
         if row.timed:
             other = row.slots if size == "window" else row.window
             heads = (row.q_heads, row.kv_heads, row.head_dim, other)
-            key = (row.device, row.direction, row.dtype, row.rope, row.batch, row.seq_len, *heads)
+            key = (row.device, row.direction, row.dtype, row.rope, row.batch, row.seq_len, row.sequences, *heads)
             groups.setdefault(key, []).append(row)
     return [group for group in groups.values() if len(set(map(reader_of(size), group))) > 1]
 

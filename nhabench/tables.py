@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from rich.console import Console
 from rich.table import Table
 
+from nhabench.crossover import length_name, length_of
 from nhabench.results import HOST_TIME, Row
 
 FAMILIES = ("nha", "full", "window", "linear")  # the order of tables
@@ -18,11 +19,13 @@ _SHORT = {"incorrect": "WRONG", "out of memory": "OOM", "failed": "failed"}
 def grouped(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
     """Rows by (workload, dtype, device), in the order of their first rows.
 
-    A workload with a rotary embedding is another one than that without, whatever its name.
+    A workload with a rotary embedding is another one than that without, whatever its name; and so is one whose
+    sequences are packed, for each number of tokens.
     """
     groups: dict[tuple[str, str, str], list[Row]] = {}
     for row in rows:
         name = f"{row.workload}-rope" if row.rope and not row.workload.endswith("-rope") else row.workload
+        name += f"-packed-{row.seq_len}" if row.sequences else ""
         groups.setdefault((name, row.dtype, row.device), []).append(row)
     return groups
 
@@ -63,15 +66,20 @@ def _table(rows: Sequence[Row]) -> Table:
     if any(row.timed and HOST_TIME in row.timer for row in rows):
         caption += "; h includes host time"
     table = Table(caption=caption, caption_justify="left")
-    table.add_column("B x T", no_wrap=True)
-    columns = sorted({(row.seq_len, row.batch) for row in rows})
-    for seq_len, batch in columns:
-        table.add_column(f"{batch} x {seq_len}", justify="right")
-    cells = {(row.implementation, row.seq_len, row.batch): row for row in rows}
+    table.add_column("sequences x mean T" if rows[0].sequences else "B x T", no_wrap=True)
+    columns = sorted({_column(row) for row in rows})
+    for length, count in columns:
+        table.add_column(f"{count} x {length}", justify="right")
+    cells = {(row.implementation, *_column(row)): row for row in rows}
     shown = {row.implementation: row for row in rows if row.timed or row.status in _SHORT}
     for name, row in sorted(shown.items(), key=lambda item: FAMILIES.index(item[1].family)):
         table.add_row(row.label, *(_cell(cells.get((name, *column)), rows) for column in columns))
     return table
+
+
+def _column(row: Row) -> tuple[int, int]:
+    """A sequence's length, or the mean one's, and how many there are."""
+    return length_of(row), row.sequences or row.batch
 
 
 def _cell(row: Row | None, rows: Sequence[Row]) -> str:
@@ -84,37 +92,44 @@ def _cell(row: Row | None, rows: Sequence[Row]) -> str:
 
 
 def fastest(rows: Sequence[Row], like: Row) -> Row:
-    """The fastest timed row of the family, length and batch of `like`."""
-    peers = [
-        row
-        for row in rows
-        if row.timed and (row.family, row.seq_len, row.batch) == (like.family, like.seq_len, like.batch)
-    ]
+    """The fastest timed row of the family, length and batch of `like`, or as many packed sequences."""
+    peers = [row for row in rows if row.timed and (row.family, *_column(row)) == (like.family, *_column(like))]
     return min(peers, key=lambda row: row.median_ms or 0.0)
 
 
 def reasons(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """What did not run, each reason once, as (status, sentence): for whom, and where it was not so everywhere. Reasons
     that differ in their numbers only are one, told with the numbers of its first case."""
-    everywhere = {(row.workload, row.seq_len) for row in rows}
-    found: dict[tuple[str, str], dict[str, set[tuple[str, int]]]] = {}
+    everywhere = {place_of(row) for row in rows}
+    found: dict[tuple[str, str], dict[str, set[Place]]] = {}
     notes: dict[tuple[str, str], dict[str, Row]] = {}  # of each reason, the different notes
     for row in rows:
         if not row.timed:
             reason = (row.status, re.sub(r"\d+(\.\d+)?", "#", row.note))
-            found.setdefault(reason, {}).setdefault(row.label, set()).add((row.workload, row.seq_len))
+            found.setdefault(reason, {}).setdefault(row.label, set()).add(place_of(row))
             notes.setdefault(reason, {}).setdefault(row.note, row)
     told = []
     for reason, labels in found.items():
         who = [label + ("" if places == everywhere else f" ({where(places)})") for label, places in labels.items()]
         (note, row), *others = notes[reason].items()
-        first = f" (T={row.seq_len}, {row.workload})" if others else ""
+        first = f" ({length_name(row)}={length_of(row)}, {row.workload})" if others else ""
         told.append((reason[0], f"{', '.join(who)}: {reason[0]}. {note}{first}"))
     return told
 
 
-def where(places: set[tuple[str, int]]) -> str:
-    """Of (workload, T): 'T=1024, 2048' of one workload, or of as many as there are."""
-    lengths = ", ".join(str(length) for length in sorted({length for _, length in places}))
-    names = sorted({name for name, _ in places})
-    return f"T={lengths}, {names[0] if len(names) == 1 else f'{len(names)} workloads'}"
+Place = tuple[str, str, int]
+
+
+def place_of(row: Row) -> Place:
+    """The workload of a row, and a name and a number for the length of its sequences."""
+    return row.workload, length_name(row), length_of(row)
+
+
+def where(places: set[Place]) -> str:
+    """'T=1024, 2048, llama-3-8b', of one workload, or of as many as there are."""
+    lengths: dict[str, set[int]] = {}
+    for _, name, length in places:
+        lengths.setdefault(name, set()).add(length)
+    told = "; ".join(f"{name}={', '.join(map(str, sorted(some)))}" for name, some in sorted(lengths.items()))
+    names = sorted({workload for workload, _, _ in places})
+    return f"{told}, {names[0] if len(names) == 1 else f'{len(names)} workloads'}"

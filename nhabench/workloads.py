@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import random
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -74,12 +76,17 @@ class Workload:
 
 @dataclass(frozen=True)
 class Case:
-    """A workload at batch B, length T and dtype: one column of a table, one x of a plot."""
+    """A workload at batch B, length T and dtype: one column of a table, one x of a plot.
+
+    sequences: 0, or how many sequences of uneven lengths are packed one after the other into the T tokens; then B = 1.
+    Raises ValueError that names the argument, what was expected and what came.
+    """
 
     workload: Workload
     batch: int
     seq_len: int
     dtype: str
+    sequences: int = 0
 
     def __post_init__(self) -> None:
         for name, value in (("batch", self.batch), ("seq_len", self.seq_len)):
@@ -87,6 +94,13 @@ class Case:
                 raise ValueError(f"{name}: expected an integer >= 1, got {value}")
         if self.dtype not in DTYPES:
             raise ValueError(f"dtype: expected one of {', '.join(DTYPES)}, got {self.dtype!r}")
+        if not 0 <= self.sequences <= self.seq_len:
+            raise ValueError(f"sequences: expected an integer in 0..seq_len={self.seq_len}, got {self.sequences}")
+        if self.sequences and self.batch != 1:
+            raise ValueError(f"batch: expected 1 with packed sequences, got {self.batch}")
+        if self.sequences and self.workload.rope:
+            # The tables hold one position for each row of a batch; here positions would start anew in every sequence.
+            raise ValueError(f"sequences: expected 0 with rope, got {self.sequences}")
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -99,11 +113,22 @@ class Case:
         return self.batch * self.seq_len
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """The length of every sequence, in tokens: of the batch, or of those packed."""
+        return uneven(self.seq_len, self.sequences) if self.sequences else (self.seq_len,) * self.batch
+
+    @property
     def input_bytes(self) -> int:
-        """Bytes of q [B,T,HQ,D], k and v [B,T,H,D] and g [B,T,H,M], and of the tables of a rotary embedding."""
+        """Bytes of q [B,T,HQ,D], k and v [B,T,H,D] and g [B,T,H,M], of the tables of a rotary embedding, and of the
+        offsets of packed sequences."""
         w = self.workload
         per_token = w.q_heads * w.head_dim + w.kv_heads * (2 * w.head_dim + w.slots)
-        return self.tokens * per_token * self.torch_dtype.itemsize + self.table_bytes
+        return self.tokens * per_token * self.torch_dtype.itemsize + self.table_bytes + self.offset_bytes
+
+    @property
+    def offset_bytes(self) -> int:
+        """Bytes of cu_seqlens [N + 1] in int32, where N sequences are packed."""
+        return (self.sequences + 1) * 4 if self.sequences else 0
 
     @property
     def table_bytes(self) -> int:
@@ -122,7 +147,18 @@ class Case:
         return self.tokens * self.workload.q_heads * self.workload.head_dim * self.torch_dtype.itemsize
 
     def __str__(self) -> str:
-        return f"{self.workload.name} {self.batch} x {self.seq_len} {self.dtype}"
+        shape = f"{self.sequences} packed in {self.seq_len}" if self.sequences else f"{self.batch} x {self.seq_len}"
+        return f"{self.workload.name} {shape} {self.dtype}"
+
+
+def uneven(tokens: int, sequences: int) -> tuple[int, ...]:
+    """The lengths of `sequences` sequences, each >= 1, that have `tokens` together; the same at every call.
+
+    They lie between cuts at places of which none is likelier than another, so there are many short ones and a few that
+    are several times the mean, as among documents.
+    """
+    cuts = random.Random(0).sample(range(1, tokens), sequences - 1)
+    return tuple(end - start for start, end in itertools.pairwise((0, *sorted(cuts), tokens)))
 
 
 def torch_dtype(name: str) -> torch.dtype:

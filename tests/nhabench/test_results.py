@@ -62,7 +62,8 @@ def test_a_new_row_replaces_its_key_and_keeps_the_others(tmp_path: Path, row: Ca
 @pytest.mark.parametrize(
     "change",
     [{"batch": 2}, {"seq_len": 1}, {"dtype": "float16"}, {"implementation": "x"}, {"window": 1}, {"slots": 1},
-     {"device": "x"}, {"rope": True}, {"direction": "backward"}, {"head_dim": 1}, {"q_heads": 8}, {"kv_heads": 1}],
+     {"device": "x"}, {"rope": True}, {"direction": "backward"}, {"head_dim": 1}, {"q_heads": 8}, {"kv_heads": 1},
+     {"sequences": 4}],
 )  # fmt: skip
 def test_rows_about_different_things_have_different_keys(change: dict[str, Any], row: Callable[..., Row]) -> None:
     assert row(**change).key != row().key
@@ -112,11 +113,12 @@ def test_loading_names_line_and_column(tmp_path: Path, row: Callable[..., Row]) 
         assert re.search(message, str(error.value)), error.value
 
 
-def test_a_file_of_before_a_column_was_added(tmp_path: Path, row: Callable[..., Row]) -> None:
+@pytest.mark.parametrize("column", ["rope", "sequences", "state_bytes"])
+def test_a_file_of_before_a_column_was_added(column: str, tmp_path: Path, row: Callable[..., Row]) -> None:
     path = tmp_path / "forward.csv"
     rows = [row(), row(batch=77)]
     table = [line.split(",") for line in to_csv([dataclasses.replace(one, note="") for one in rows]).splitlines()]
-    at = table[0].index("rope")
+    at = table[0].index(column)
     path.write_text("".join(",".join(line[:at] + line[at + 1 :]) + "\n" for line in table))
     assert load_rows(path) == [dataclasses.replace(one, note="") for one in rows]
     at = table[0].index("median_ms")

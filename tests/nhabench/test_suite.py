@@ -75,7 +75,7 @@ def test_every_suite_has_cases_for_every_device(
     rows = [
         row(
             workload=w.name, q_heads=w.q_heads, kv_heads=w.kv_heads, head_dim=w.head_dim, slots=w.slots,
-            window=w.window, batch=case.batch, seq_len=case.seq_len,
+            window=w.window, batch=case.batch, seq_len=case.seq_len, sequences=case.sequences,
         )
         for case, w in shapes
     ]  # fmt: skip
@@ -205,6 +205,15 @@ def test_bad_options_are_told_before_anything_is_measured(arguments: list[str], 
     assert done.returncode == 4, done.stdout
     assert words in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_packed_sequences_are_benchmarks_too(tmp_path: Path) -> None:
+    done, told = run(tmp_path, TINY.replace("40, dtype)", "40, dtype, 4)"))
+    assert done.returncode == 0, done.stdout
+    assert {one["group"] for one in told} == {f"tiny: w 4 packed in 40 float32, M={slots}, W=8" for slots in (8, 16)}
+    assert {row.sequences for row in load_rows(tmp_path / "results" / "tiny.csv")} == {4}
+    drawn = {path.name for path in (tmp_path / "results" / "tiny").iterdir()}
+    assert "forward-w-packed-40-latency.png" in drawn
 
 
 def test_what_is_wrong_fails_and_has_no_time(tmp_path: Path) -> None:

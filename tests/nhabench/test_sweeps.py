@@ -38,7 +38,14 @@ def test_rows_that_differ_in_more_are_apart(windows: list[Row], row: Callable[..
     assert [len(group) for group in sweeps(windows, "window")] == [len(windows)]
     assert sweeps(windows, "slots") == []
     other: dict[str, Any]
-    for other in ({"seq_len": 4096}, {"slots": 32}, {"rope": True}, {"dtype": "float16"}, {"head_dim": 64}):
+    for other in (
+        {"seq_len": 4096},
+        {"slots": 32},
+        {"rope": True},
+        {"dtype": "float16"},
+        {"head_dim": 64},
+        {"sequences": 9},
+    ):
         more = [row(**{**SHAPE, "window": window, **other}) for window in (0, 16)]
         assert sorted(len(group) for group in sweeps([*windows, *more], "window")) == [2, len(windows)]
         assert len(sweeps([*windows, more[0]], "window")) == 1  # one value is no sweep
