@@ -134,7 +134,7 @@ def roofline_data(rows: Sequence[Row]) -> Table:
 
 
 _OF_A_RUN = ("date", "command", "git_sha", "git_dirty")
-_CODE = {None: "not known", True: "changed", False: "clean"}
+CODE = {None: "not known", True: "changed", False: "clean"}  # of git_dirty
 
 
 def provenance(tables: Mapping[str, Sequence[Row]]) -> tuple[Table, Table]:
@@ -145,7 +145,7 @@ def provenance(tables: Mapping[str, Sequence[Row]]) -> tuple[Table, Table]:
     for name, rows in tables.items():
         for row in rows:
             machine = machines.setdefault(tuple(getattr(row, field) or None for field in fields), len(machines) + 1)
-            code = (row.git_sha or "not known", _CODE[row.git_dirty])
+            code = (row.git_sha or "not known", CODE[row.git_dirty])
             ceilings = (row.copy_tb_per_s, row.matmul_tflop_per_s)
             runs.setdefault((name, row.date, *code, machine, *ceilings, row.command), []).append(row)
     units = {"power_cap_w": "power cap, W", "max_sm_clock_mhz": "SM clock at most, MHz", "device_type": "type"}

@@ -18,6 +18,7 @@ from nhabench.plots import floor, latency, speedup, to_svg
 from nhabench.results import Row, is_table, load_rows, replace_file
 from nhabench.roofline import roofline
 from nhabench.tables import grouped, reasons, shape
+from nhabench.trust import Figures, read_figures
 
 FILE_NAME = "report.html"
 
@@ -70,6 +71,7 @@ class Report:
     sections: list[Section]
     machines: Table
     runs: Table
+    trust: list[Figures]
 
     @property
     def devices(self) -> list[str]:
@@ -113,8 +115,9 @@ def find_tables(folder: Path) -> tuple[dict[str, list[Row]], dict[str, str]]:
 
 
 def build_report(folder: Path) -> Report:
-    """Read a folder and draw its plots. Raises as find_tables."""
+    """Read a folder and draw its plots. Raises as find_tables and read_figures."""
     tables, left_out = find_tables(folder)
+    figures = read_figures(folder)
     taken: set[str] = set()
     sections = []
     for name, rows in tables.items():
@@ -123,7 +126,7 @@ def build_report(folder: Path) -> Report:
             parts.setdefault((row.direction, row.device), []).append(row)
         sections += [_section(name, part, taken) for part in parts.values()]
     every = [row for rows in tables.values() for row in rows]
-    return Report(folder.resolve().name, list(tables), left_out, every, sections, *provenance(tables))
+    return Report(folder.resolve().name, list(tables), left_out, every, sections, *provenance(tables), figures)
 
 
 def write_report(report: Report, path: Path) -> int:
@@ -148,6 +151,7 @@ def summary(report: Report) -> dict[str, object]:
         "rows": len(report.rows),
         "timed": sum(row.timed for row in report.rows),
         "plots": sum(len(group.plots) for group in groups),
+        "trust": {one.file: one.sentences for one in report.trust},
         "findings": {group.anchor: [group.crossing, *group.findings] for group in groups},
     }
 

@@ -175,9 +175,14 @@ def to_csv(rows: Iterable[Row]) -> str:
     return _line(names) + "".join(_line(_format(getattr(row, name)) for name in names) for row in rows)
 
 
+def part_of(path: Path) -> Path:
+    """Where a file is written before it takes its place."""
+    return path.with_name(path.name + ".part")
+
+
 def replace_file(path: Path, text: str) -> None:
     """Write a file whole or not at all: beside it first, then in its place. Raises OSError; the old file is intact."""
-    beside = path.with_name(path.name + ".part")
+    beside = part_of(path)
     try:
         with beside.open("w", encoding="utf-8", newline="") as out:
             out.write(text)

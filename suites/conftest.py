@@ -13,9 +13,9 @@ import pytest
 import typer
 
 from nhabench.bench import all_contenders, make_lab
-from nhabench.cli import device_of, dtype_of
 from nhabench.contender import Contender
 from nhabench.lab import DeviceLost, Lab
+from nhabench.options import device_of, dtype_of
 from nhabench.results import ResultFile, Row
 from nhabench.suite import Clock, Session, Suite
 from nhabench.workloads import Case, torch_dtype

@@ -9,11 +9,16 @@ from typing import Any
 import pytest
 import torch
 
+from nhabench.cheats import Planted
 from nhabench.contender import Contender
+from nhabench.environment import read_environment
 from nhabench.floors import full_floor, nha_floor
+from nhabench.gpu import GpuWatch
 from nhabench.implementations import attend
 from nhabench.inputs import Inputs
+from nhabench.repeat import Agreement, Process
 from nhabench.results import Row
+from nhabench.selftest import Trial
 from nhabench.workloads import Workload
 
 RowMaker = Callable[..., Row]
@@ -79,3 +84,21 @@ class Makers:
 
     nha = staticmethod(nha)
     full = staticmethod(full)
+
+
+@pytest.fixture
+def figures() -> dict[str, dict[str, Any]]:
+    """What selftest and repeat wrote, by the file's name."""
+    watch = GpuWatch(torch.device("cpu"))
+    environment = vars(read_environment(torch.device("cpu"), watch, "python -m nhabench selftest"))
+    trials = [Trial(0.0, 0.0, 200, 1, 3), Trial(0.01, 0.01, 50, 12, 30), Trial(0.02, 0.02, 200, 198, 2)]
+    planted = [Planted("it idles", True, "told"), Planted("it lies", True, "told")]
+    rows = [[row(median_ms=ms)] for ms in (2.0, 2.01, 2.005)]
+    found = Agreement([Process(0, 1.0, some) for some in rows], 3, 0.01)
+    return {
+        "selftest.json": {
+            "environment": environment, "case": "tiny", "limit": 0.01, "passed": True,
+            "trials": [vars(one) for one in trials], "cheats": [vars(one) for one in planted],
+        },
+        "repeat.json": {"environment": environment, **found.summary()},
+    }  # fmt: skip

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from typer.testing import CliRunner
 
-from nhabench.cli import _console, app, device_of, dtype_of
+from nhabench.cli import app
+from nhabench.options import console, device_of, dtype_of
 from nhabench.results import Row, load_rows, to_csv
 
 RUNNER = CliRunner()
@@ -48,10 +51,10 @@ def test_a_tiny_bench_from_end_to_end(shapes: Path, tmp_path: Path) -> None:
 
 def test_output_that_is_no_terminals_is_wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("COLUMNS", raising=False)
-    assert _console(file=io.StringIO()).width == 200
-    assert _console(file=io.StringIO(), force_terminal=True, width=90).width == 90
+    assert console(file=io.StringIO()).width == 200
+    assert console(file=io.StringIO(), force_terminal=True, width=90).width == 90
     monkeypatch.setenv("COLUMNS", "120")
-    assert _console(file=io.StringIO()).width == 120
+    assert console(file=io.StringIO()).width == 120
 
 
 def test_json_is_all_that_is_printed(shapes: Path, tmp_path: Path) -> None:
@@ -155,3 +158,39 @@ def test_the_doctor_says_what_runs_and_what_does_not() -> None:
     assert done.exit_code == 0
     assert "chunked" in done.stdout
     assert "why not" in done.stdout
+
+
+COMMANDS = vars(typer.main.get_command(app))["commands"]
+
+
+def test_every_command_can_print_json() -> None:
+    assert {"bench", "regress", "selftest", "repeat", "doctor", "plot", "report", "workloads"} <= set(COMMANDS)
+    without = [
+        name for name, command in COMMANDS.items() if not any("--json" in option.opts for option in command.params)
+    ]
+    assert without == []
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_an_example_that_it_takes(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    command = COMMANDS[name]
+    head, _, line = command.epilog.partition(": ")
+    words = shlex.split(line)
+    assert (head, words[:4]) == ("Example", ["python", "-m", "nhabench", name])
+    monkeypatch.chdir(Path(__file__).parents[2])  # the files of an example are those of the project
+    command.make_context(name, words[4:])
+    assert "Example" in RUNNER.invoke(app, [name, "--help"]).stdout
+
+
+def test_json_is_one_document(tmp_path: Path, row: Callable[..., Row]) -> None:
+    csv = tmp_path / "forward.csv"
+    csv.write_text(to_csv([row()]))
+    told = {}
+    for arguments in (["workloads"], ["plot", str(csv)], ["report", str(tmp_path)], ["doctor", "--device", "cpu"]):
+        done = RUNNER.invoke(app, [*arguments, "--json"])
+        assert done.exit_code == 0, done.output
+        told[arguments[0]] = json.loads(done.stdout)
+    assert told["workloads"]["workloads"][0]["name"] == "llama-3-8b"
+    assert told["plot"]["plots"][0] == str(tmp_path / "forward-tiny-latency.png")
+    assert Path(told["plot"]["plots"][0]).exists()
+    assert told["report"]["report"] == str(tmp_path / "report.html")

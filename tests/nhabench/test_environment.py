@@ -11,9 +11,9 @@ import pytest
 import torch
 
 from nhabench import environment
-from nhabench.cli import _command
 from nhabench.environment import device_slug, git_state, read_environment
 from nhabench.gpu import GpuWatch
+from nhabench.options import command_of
 
 CPU = torch.device("cpu")
 
@@ -44,12 +44,14 @@ def test_the_command_repeats_the_run_without_paths_of_this_machine() -> None:
         "workload": ["a", "b"],
         "window": 3,
         "slots": None,
+        "rope": True,
+        "resume": False,
         "output": Path("/srv/me/out"),
         "workloads-file": Path("x/y.toml"),
     }
     assert (
-        _command(flags)
-        == "python -m nhabench bench --workload a --workload b --window 3 --output out --workloads-file x/y.toml"
+        command_of("bench", flags)
+        == "python -m nhabench bench --workload a --workload b --window 3 --rope --output out --workloads-file x/y.toml"
     )
 
 

@@ -15,7 +15,7 @@ import torch
 from typer.testing import CliRunner
 
 import nha_kernels
-from nhabench import cli, environment
+from nhabench import cli, environment, verdicts
 from nhabench.compare import Ratio
 from nhabench.regress import ANSWER_S, Comparison, Prepared, Side, SideError, as_it_is, compare_versions, version
 from nhabench.workloads import Case, Workload
@@ -216,14 +216,18 @@ def test_the_shell_is_told(
         assert ref == "v1"
         yield root
 
-    monkeypatch.setattr(cli, "compare_versions", compared)
-    monkeypatch.setattr(cli, "version", at)
-    monkeypatch.setattr(cli, "checkout", lambda: repository)
-    monkeypatch.setattr(cli, "differs", lambda ref, folder: True)
-    done = CliRunner().invoke(cli.app, ["regress", "v1", "--device", "cpu", "--json"])
+    monkeypatch.setattr(verdicts, "compare_versions", compared)
+    monkeypatch.setattr(verdicts, "version", at)
+    monkeypatch.setattr(verdicts, "checkout", lambda: repository)
+    monkeypatch.setattr(verdicts, "differs", lambda ref, folder: True)
+    out = repository / "regress.json"
+    done = CliRunner().invoke(cli.app, ["regress", "v1", "--device", "cpu", "--json", "--output", str(out)])
     assert done.exit_code == code
+    assert out.exists() is (verdict is not None)
     if verdict is not None:
         told = json.loads(done.stdout)
+        assert told == json.loads(out.read_text())
+        assert told["environment"]["command"].startswith("python -m nhabench regress v1 --device cpu ")
         assert (told["verdict"], told["comparisons"][0]["ratio"]["high"]) == (verdict, 1.3)
     done = CliRunner().invoke(cli.app, ["regress", "v1", "--device", "cpu"])
     if verdict is not None:
@@ -231,8 +235,8 @@ def test_the_shell_is_told(
 
 
 def test_the_same_code_is_not_compared(repository: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "checkout", lambda: repository)
-    monkeypatch.setattr(cli, "differs", lambda ref, folder: False)
+    monkeypatch.setattr(verdicts, "checkout", lambda: repository)
+    monkeypatch.setattr(verdicts, "differs", lambda ref, folder: False)
     done = CliRunner().invoke(cli.app, ["regress", "HEAD", "--device", "cpu"])
     assert (done.exit_code, "the same code as HEAD" in done.stdout) == (0, True)
 
@@ -258,7 +262,7 @@ def test_bad_flags_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
         done = CliRunner().invoke(cli.app, ["regress", *flags])
         assert done.exit_code == 2
         assert text in done.output
-    monkeypatch.setattr(cli, "checkout", lambda: None)
+    monkeypatch.setattr(verdicts, "checkout", lambda: None)
     done = CliRunner().invoke(cli.app, ["regress"])
     assert done.exit_code == 2
     assert "checkout" in done.output

@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer.testing import CliRunner
@@ -14,12 +15,13 @@ from typer.testing import CliRunner
 from nhabench.cli import app
 from nhabench.data import latency_data, roofline_data, speedup_data, table
 from nhabench.findings import against, crossing, findings, floor_reached, overview
-from nhabench.report import build_report, find_tables, write_report
+from nhabench.report import build_report, find_tables, summary, write_report
 from nhabench.results import Row, to_csv
 from nhabench.roofline import allowed, intensity, roofline
 from nhabench.tables import significant
 
 RowMaker = Callable[..., Row]
+Figures = dict[str, dict[str, Any]]
 RUNNER = CliRunner()
 
 
@@ -214,8 +216,10 @@ def test_notes_and_labels_are_escaped(rows: list[Row], row: RowMaker, tmp_path: 
     assert f"Failed: {evil}" in page.text
 
 
-def test_the_page_needs_nothing_but_itself(rows: list[Row], tmp_path: Path) -> None:
+def test_the_page_needs_nothing_but_itself(rows: list[Row], figures: Figures, tmp_path: Path) -> None:
     write(tmp_path, rows)
+    for name, told in figures.items():
+        (tmp_path / name).write_text(json.dumps(told))
     write_report(build_report(tmp_path), tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert "://" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
@@ -361,6 +365,43 @@ def test_other_csvs_are_left_out_and_named(rows: list[Row], tmp_path: Path) -> N
     write(tmp_path, rows)
     (tmp_path / "notes.csv").write_text("a,b\n")
     assert "Left out: notes.csv (not a table of results)." in page_of(tmp_path).text
+
+
+def test_how_far_the_numbers_can_be_trusted_is_told_where_it_was_measured(
+    rows: list[Row], figures: Figures, tmp_path: Path
+) -> None:
+    write(tmp_path, rows)
+    heading = "How far these numbers can be trusted"
+    page = page_of(tmp_path)
+    assert heading not in page.text
+    assert not page.all("section", id="trust")
+    figures["repeat.json"]["passed"] = False
+    figures["repeat.json"]["troubles"] = ["Process 2 of 3 ended with exit code 70: <lost>"]
+    for count, (name, told) in enumerate(figures.items(), start=1):
+        (tmp_path / name).write_text(json.dumps(told))
+        page = page_of(tmp_path)
+        assert page.text.count(heading) == 2  # in the contents too
+        assert len(page.all("section", id="trust")) == 1
+        assert sum(f"{name}: " in page.text for name in figures) == count
+    assert "selftest.json: passed" in page.text
+    assert "repeat.json: failed" in page.text
+    report = build_report(tmp_path)
+    assert summary(report)["trust"] == {one.file: one.sentences for one in report.trust}
+    for one in report.trust:
+        assert one.source in page.text
+        for sentence in one.sentences:
+            assert sentence in page.text  # "<lost>" is text
+
+
+@pytest.mark.parametrize("name", ["selftest.json", "repeat.json"])
+def test_figures_that_are_none_are_told_by_name(name: str, rows: list[Row], tmp_path: Path) -> None:
+    write(tmp_path, rows)
+    for text in ("{", "[]", "{}", '{"passed": true, "environment": {}}', "\udcff"):
+        (tmp_path / name).write_text(text, errors="surrogateescape")
+        done = RUNNER.invoke(app, ["report", str(tmp_path)], env={"COLUMNS": "300"})
+        assert done.exit_code == 2
+        assert f"{name}: expected what {name.removesuffix('.json')} --output wrote, got: " in done.stderr
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_the_command_prints_the_path_or_a_summary(rows: list[Row], tmp_path: Path) -> None:

@@ -5,20 +5,21 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
-from nhabench import cli, racing, reference, selftest
+from nhabench import cli, racing, reference, selftest, verdicts
 from nhabench.cheats import CHEATS, Planted, plant
 from nhabench.compare import Ratio
 from nhabench.environment import read_environment
 from nhabench.floors import Ceilings
 from nhabench.gpu import GpuWatch
 from nhabench.lab import Lab
-from nhabench.selftest import MULTIPLES, Trial, passed, pause_of, run_trials
+from nhabench.selftest import SHARES, Trial, passed, pause_of, run_trials
 from nhabench.timing import Sample, Stopwatch, WallClock
 from nhabench.workloads import Workload
 
@@ -40,6 +41,9 @@ def test_few_alarms_and_few_misses_pass() -> None:
     assert not passed(trials(alarms=0, caught=94), 0.01)
     assert not passed(trials(alarms=1, caught=10, among=10), 0.01)
     assert not passed([*trials(alarms=0, caught=100), Trial(0.05, 0.09, 100, 100, 0)], 0.01)  # not what was asked
+    for caught in (24, 25):  # of its own number of comparisons, not of the others'
+        assert passed([*trials(alarms=0, caught=100), Trial(0.05, 0.05, 25, caught, 0)], 0.01)
+    assert not passed([*trials(alarms=0, caught=100), Trial(0.05, 0.05, 25, 23, 0)], 0.01)
 
 
 def test_a_pause_keeps_its_time() -> None:
@@ -80,13 +84,15 @@ def test_the_second_side_is_slower_by_what_is_said(
     monkeypatch.setattr(selftest, "open_device", lambda device: machine)
     monkeypatch.setattr(selftest, "pause_of", lambda ms, device: lambda: machine.spend(ms))
     steps: list[str] = []
-    found = run_trials(contenders.nha("a", steady), tiny.case(16, "float32"), CPU, 0.1, 2, 0.0, steps.append)
-    assert [trial.slowdown for trial in found] == [0.1 * multiple for multiple in MULTIPLES]
+    found = run_trials(contenders.nha("a", steady), tiny.case(16, "float32"), CPU, 0.1, 5, 0.0, steps.append)
+    assert [trial.slowdown for trial in found] == [0.1 * multiple for multiple in SHARES]
     for trial in found:
         assert trial.measured == pytest.approx(trial.slowdown)
-    assert [trial.regress for trial in found][0::2] == [0, 2]
+    assert [trial.regress for trial in found][0::2] == [0, 5]
     assert passed(found, 0.1)
-    assert len(steps) == 2 * len(MULTIPLES)
+    assert [trial.comparisons for trial in found] == [5, 2, 5, 2]  # a quarter, rounded up
+    assert len(steps) == 14
+    assert steps[-1] == "slower by 50.0%: 2/2"
 
 
 def test_every_cheat_is_caught_or_of_no_use(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,24 +112,32 @@ def test_every_cheat_is_caught_or_of_no_use(tiny: Workload, monkeypatch: pytest.
     assert {"it remembers its output", "it idles once it is warm"} <= missed
 
 
+SLOWER = (0.0, 0.0, 0.0, 0.1, 0.2, 0.2, 0.2, 0.5)  # what three comparisons, and one where a quarter does, find
+
+
 @pytest.mark.parametrize(("works", "caught"), [(True, True), (False, True), (True, False)])
-def test_the_shell_is_told(works: bool, caught: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_shell_is_told(works: bool, caught: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ratios = iter(range(10**6))
 
     def turns(base: object, new: object, seconds: float) -> Ratio:
-        slower = (0.0, 0.1, 0.2, 0.5)[next(ratios) // 3] if works else 0.0
+        slower = SLOWER[next(ratios)] if works else 0.0
         return Ratio(1 + slower, 0.99 + slower, 1.01 + slower, 9)
 
     monkeypatch.setattr(selftest, "take_turns", turns)
-    monkeypatch.setattr(cli, "make_lab", lambda *_: None)
-    monkeypatch.setattr(cli, "plant", lambda *_: [Planted("it lies", caught, "what it was told")])
+    monkeypatch.setattr(verdicts, "make_lab", lambda *_: None)
+    monkeypatch.setattr(verdicts, "plant", lambda *_: [Planted("it lies", caught, "what it was told")])
     good = works and caught
-    done = CliRunner().invoke(cli.app, ["selftest", "--device", "cpu", "--comparisons", "3", "--json"])
+    out = tmp_path / "selftest.json"
+    arguments = ["selftest", "--device", "cpu", "--comparisons", "3"]
+    done = CliRunner().invoke(cli.app, [*arguments, "--json", "--output", str(out)])
     told = json.loads(done.stdout)
+    assert told == json.loads(out.read_text())
+    command = "python -m nhabench selftest --comparisons 3 --device cpu --output selftest.json"
+    assert (told["environment"]["command"], told["environment"]["torch"]) == (command, torch.__version__)
     assert (done.exit_code, told["passed"], told["limit"]) == (0 if good else 1, good, 0.1)
-    assert [trial["regress"] for trial in told["trials"]] == ([0, 0, 3, 3] if works else [0, 0, 0, 0])
+    assert [trial["regress"] for trial in told["trials"]] == ([0, 0, 3, 1] if works else [0, 0, 0, 0])
     assert told["cheats"] == [{"name": "it lies", "caught": caught, "told": "what it was told"}]
     ratios = iter(range(10**6))
-    done = CliRunner().invoke(cli.app, ["selftest", "--device", "cpu", "--comparisons", "3"])
+    done = CliRunner().invoke(cli.app, arguments)
     for word in ("passed" if good else "failed", "20.0%", "it lies", "what it was told", "yes" if caught else "NO"):
         assert word in done.stdout
