@@ -37,7 +37,7 @@ CSV_NAME = "forward.csv"
 @dataclass(frozen=True)
 class Options:
     """What to run. `trim`: on a CPU, only the cases that end in a few minutes. `seconds`: of timing for each case.
-    `resume`: only what the same run, interrupted, has not measured yet."""
+    `resume`: only what the same run, interrupted, has not measured yet. `warm`: also with inputs in the caches."""
 
     cases: Sequence[Case]
     contenders: Sequence[Contender]
@@ -47,6 +47,7 @@ class Options:
     command: str
     trim: bool
     resume: bool = False
+    warm: bool = False
 
 
 @dataclass
@@ -93,12 +94,12 @@ def terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def make_lab(device: torch.device, dtype: torch.dtype, command: str, seconds: float) -> Lab:
-    """Open the device: timer, clocks, provenance, ceilings. `seconds`: of timing for each case."""
+def make_lab(device: torch.device, dtype: torch.dtype, command: str, seconds: float, warm: bool = False) -> Lab:
+    """Open the device: timer, clocks, provenance, ceilings. `seconds`: of timing for each case. `warm`: see Lab."""
     timer = open_device(device)
     watch = GpuWatch(device)
     environment = read_environment(device, watch, command)
-    return Lab(device, timer, watch, environment, measure_ceilings(device, dtype, timer), seconds)
+    return Lab(device, timer, watch, environment, measure_ceilings(device, dtype, timer), seconds, warm)
 
 
 def run(options: Options, console: Console, progress: Console) -> Outcome:
@@ -147,7 +148,8 @@ def _verdict(rows: Sequence[Row]) -> int:
 
 def _open(options: Options) -> Lab:
     try:
-        return make_lab(options.device, options.cases[0].torch_dtype, options.command, options.seconds)
+        dtype = options.cases[0].torch_dtype
+        return make_lab(options.device, dtype, options.command, options.seconds, options.warm)
     except (RuntimeError, MemoryError) as error:
         raise DeviceLost(f"The device could not be opened: {first_line(error)}") from error
 

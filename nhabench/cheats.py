@@ -94,6 +94,31 @@ CHEATS = (
 )
 
 
+def on_the_side(honest: Run) -> Run:
+    """The work on a stream of its own, for which nobody waits."""
+    side = torch.cuda.Stream()
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            return honest(inputs)
+
+    return run
+
+
+def ahead(honest: Run) -> Run:
+    """The work on a stream of its own, which waits for nobody: it is done before its turn."""
+    side = torch.cuda.Stream()
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        with torch.cuda.stream(side):
+            o = honest(inputs)
+        torch.cuda.current_stream().wait_stream(side)
+        return o
+
+    return run
+
+
 def slows_the_clock(honest: Run) -> Run:
     """A clock that goes at a tenth of its rate from the first call on."""
     real = time.perf_counter
@@ -104,6 +129,28 @@ def slows_the_clock(honest: Run) -> Run:
         return honest(inputs)
 
     return run
+
+
+def slows_the_events(honest: Run) -> Run:
+    """Events that show a tenth of the time from the first call on."""
+    real = torch.cuda.Event.elapsed_time
+
+    def slower(self: torch.cuda.Event, end_event: torch.cuda.Event) -> float:
+        return real(self, end_event) / 10
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        torch.cuda.Event.elapsed_time = slower  # type: ignore[method-assign]
+        return honest(inputs)
+
+    return run
+
+
+CLOCKS = (Cheat("it slows the clock", slows_the_clock, ""),)
+CUDA_CHEATS = (
+    Cheat("it works on the side", on_the_side, guard.BEHIND),
+    Cheat("it works ahead", ahead, guard.AHEAD),
+    Cheat("it slows the events", slows_the_events, ""),
+)
 
 
 @dataclass(frozen=True)
@@ -121,13 +168,13 @@ class Planted:
 def plant(lab: Lab, case: Case, backend: str) -> list[Planted]:
     """Race every cheat, around the work of an NHA backend, against the honest backend at a case."""
     found = []
-    for cheat in (*CHEATS, Cheat("it slows the clock", slows_the_clock, "")):
-        clock = time.perf_counter
+    clock, elapsed_time = time.perf_counter, torch.cuda.Event.elapsed_time
+    for cheat in (*CHEATS, *CLOCKS, *(CUDA_CHEATS if lab.device.type == "cuda" else ())):
         contenders = [_contender(name, make, backend) for name, make in (("honest", _as_it_is), ("cheat", cheat.make))]
         try:
             honest, row = measure_case(lab, case, contenders, lambda step: None)
         finally:
-            time.perf_counter = clock
+            time.perf_counter, torch.cuda.Event.elapsed_time = clock, elapsed_time  # type: ignore[method-assign]
         if cheat.note:
             caught, told = (row.status, row.note) == ("incorrect", cheat.note), row.note or row.status
         else:

@@ -159,6 +159,9 @@ def bench(
     dtype: Dtype = None,
     seconds_per_case: Annotated[float, typer.Option(help="Time limit of timing at each B x T.")] = 2.0,
     output: Annotated[Path | None, typer.Option(help="Folder for CSV and plots. results/<device> by default.")] = None,
+    warm: Annotated[
+        bool, typer.Option("--warm", help="Also time calls that find their inputs in the caches (column warm_ms).")
+    ] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with this same command where it was interrupted, at this commit.")
     ] = False,
@@ -182,7 +185,8 @@ def bench(
     shapes = _changed(shapes, window, slots, tokens, rope)
     flags = {
         "workload": workload, "workloads-file": workloads_file, "seq-len": seq_len, "window": window, "slots": slots,
-        "tokens": tokens, "rope": rope or None, "only": only, "device": device, "dtype": dtype, "output": output,
+        "tokens": tokens, "rope": rope or None, "warm": warm or None, "only": only,
+        "device": device, "dtype": dtype, "output": output,
         "seconds-per-case": None if seconds_per_case == 2.0 else seconds_per_case,
     }  # fmt: skip
     options = Options(
@@ -194,6 +198,7 @@ def bench(
         command=_command(flags),
         trim=not workload and not seq_len,
         resume=resume,
+        warm=warm,
     )
     raise typer.Exit(_run(options, as_json))
 

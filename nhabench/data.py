@@ -91,6 +91,8 @@ def latency_data(rows: Sequence[Row]) -> Table:
     more: Columns = {
         "min, ms": lambda row: row.min_ms,
         "p95, ms": lambda row: row.p95_ms,
+        "as a CUDA graph, ms": lambda row: row.graph_ms,
+        "warm, ms": lambda row: row.warm_ms,
         **_FLOOR,
         **_MEMORY,
         "timer": lambda row: row.timer or None,

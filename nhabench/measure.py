@@ -18,11 +18,12 @@ from nhabench.environment import Environment
 from nhabench.errors import first_line, is_out_of_memory, without_frames
 from nhabench.floors import Ceilings
 from nhabench.gpu import ClockSample, GpuWatch, clock_fell, extra_peak_bytes
-from nhabench.guard import fingerprint, marks, plain, refill
+from nhabench.graphs import Graphs, capture
+from nhabench.guard import fingerprint, marks, out_of_turn, plain, refill
 from nhabench.inputs import Inputs, bytes_needed, cache_bytes, cache_state, free_bytes, input_sets, set_count
 from nhabench.reference import Judge, small_inputs
 from nhabench.results import HOST_TIME, Row
-from nhabench.timing import Timer, Timing, race
+from nhabench.timing import Timer, Timing, Warm, agree, in_turns, race
 from nhabench.workloads import Case
 
 SHORT_OF_MEMORY = "GiB are free"
@@ -40,7 +41,10 @@ class DeviceLost(Exception):
 
 @dataclass
 class Lab:
-    """What all cases of a run share: the device, its timer and ceilings, and what was learnt at earlier cases."""
+    """What all cases of a run share: the device, its timer and ceilings, and what was learnt at earlier cases.
+
+    warm: whether calls are also timed with their inputs in the caches.
+    """
 
     device: torch.device
     timer: Timer
@@ -48,6 +52,7 @@ class Lab:
     environment: Environment
     ceilings: Ceilings
     seconds: float
+    warm: bool = False
     judges: dict[tuple[object, ...], Judge] = field(default_factory=dict)
     baseline_verdicts: dict[tuple[object, ...], Verdict | None] = field(default_factory=dict)
     last: dict[tuple[object, ...], tuple[Case, float]] = field(default_factory=dict)
@@ -88,9 +93,11 @@ class Entry:
     status: str = ""
     note: str = ""
     calls: list[Call] = field(default_factory=list)
+    graphs: Graphs | None = None
     marks: guard.Marks | None = None  # of the output that was checked
     changes: dict[str, Any] = field(default_factory=dict)
     all_ms: tuple[float, ...] = ()  # the samples
+    remarks: list[str] = field(default_factory=list)  # for the note of a row that is ok
 
     @property
     def waiting(self) -> bool:
@@ -98,8 +105,8 @@ class Entry:
         return not self.status
 
     def end(self, status: str, note: str) -> None:
-        """Take it out, with the reason. Its calls go too: they hold its inputs."""
-        self.status, self.note, self.calls = status, note, []
+        """Take it out, with the reason. Its calls go too: they hold its inputs, and memory for what they make."""
+        self.status, self.note, self.calls, self.graphs = status, note, [], None
 
 
 def earlier_rows(lab: Lab, case: Case, contenders: Sequence[Contender], rows: Sequence[Row]) -> list[Row] | None:
@@ -323,35 +330,85 @@ def _race(
 ) -> None:
     before: list[ClockSample | None] = []
     untouched = [fingerprint(one) for one in inputs]
+    if lab.device.type == "cuda":
+        said(f"capturing {len(racing)} implementations")
+        _capture_all(racing)
+    captured = {entry.contender.name: entry.graphs.replays for entry in racing if entry.graphs is not None}
     said(f"timing {len(racing)} implementations")
     results = race(
-        [partial(_run_set, entry.calls) for entry in racing],
+        [*(in_turns(entry.calls) for entry in racing), *map(in_turns, captured.values())],
         lab.timer,
-        sets=len(racing[0].calls),
+        sets=len(inputs),
         seconds=lab.seconds,
         started=lambda: before.append(lab.watch.clocks()),
     )
     after = lab.watch.clocks()
+    # From a race of their own: between two calls of a contender the others would cool its caches.
+    warm = race([in_turns(entry.calls) for entry in racing], Warm(lab.timer), 1, lab.seconds) if lab.warm else []
     if [fingerprint(one) for one in inputs] != untouched:
         _find_writers(lab, racing, inputs)
         left = [entry for entry in racing if entry.waiting]
         if left:
             _race(lab, case, left, inputs, said)
         return
-    for entry, result in zip(racing, results, strict=True):
-        if isinstance(result, Timing):
-            lab.last[entry.contender.name, case.workload, case.dtype] = (case, result.median_ms / 1e3)
-            said(f"checking {entry.contender.label} again")
-            _attempt(lab, entry, partial(_look_again, entry, inputs[0]))
-        else:
+    again = dict(zip(captured, results[len(racing) :], strict=True))
+    warmed = dict(zip((entry.contender.name for entry in racing), warm, strict=False))
+    for entry, result in zip(racing, results, strict=False):
+        if isinstance(result, Exception):
             _fail(lab, entry, result)
-        if entry.waiting and isinstance(result, Timing):
-            columns = dataclasses.asdict(result)
-            del columns["late"], columns["left_out"], columns["all_ms"]
-            entry.all_ms = result.all_ms
-            timer = lab.timer.name + (HOST_TIME if result.includes_host else "")
-            entry.changes.update(columns, timer=timer, **_clock_columns(before[0], after))
-            entry.end("ok", " ".join(filter(None, (entry.contender.remark, _host_note(result)))))
+            continue
+        name = entry.contender.name
+        lab.last[name, case.workload, case.dtype] = (case, result.median_ms / 1e3)
+        said(f"checking {entry.contender.label} again")
+        _attempt(lab, entry, partial(_look_again, entry, inputs[0]))
+        _attempt(lab, entry, partial(second_timer, entry, result, again.get(name)))
+        if entry.waiting:
+            _keep_times(lab, entry, result, warmed.get(name), _clock_columns(before[0], after))
+
+
+def _capture_all(racing: Sequence[Entry]) -> None:
+    pool = torch.cuda.graph_pool_handle()
+    for entry in racing:
+        if entry.graphs is None:
+            try:
+                entry.graphs = capture(entry.calls, pool)
+            except Exception as error:  # it can be timed all the same
+                entry.remarks.append(f"It cannot be captured in a CUDA graph: {first_line(error)}.")
+                pool = torch.cuda.graph_pool_handle()  # torch may believe that the failed capture still goes on
+
+
+def second_timer(entry: Entry, timing: Timing, of_graph: Timing | Exception | None) -> None:
+    """Keep the time that the contender's graph took, if it did the work, and say where it is another one."""
+    if not entry.waiting or entry.graphs is None or of_graph is None:
+        return
+    if isinstance(of_graph, Exception):
+        entry.remarks.append(f"Its CUDA graph failed: {first_line(of_graph)}.")
+        return
+    assert entry.marks is not None
+    entry.graphs.o.fill_(torch.nan)
+    entry.graphs.replays[0]()
+    if not entry.marks.distance(marks(entry.graphs.o)) <= guard.SAME:
+        entry.remarks.append("Its CUDA graph does not do its work: it has no time.")
+        return
+    entry.changes.update(graph_ms=of_graph.median_ms)
+    if not agree(timing.median_ms, of_graph.median_ms):
+        more = of_graph.median_ms / timing.median_ms - 1
+        entry.remarks.append(
+            f"The timers disagree: as a CUDA graph it takes {abs(more):.1%} {'more' if more > 0 else 'less'}."
+        )
+
+
+def _keep_times(
+    lab: Lab, entry: Entry, timing: Timing, warm: Timing | Exception | None, clocks: Mapping[str, Any]
+) -> None:
+    columns = dataclasses.asdict(timing)
+    del columns["late"], columns["left_out"], columns["all_ms"]
+    entry.all_ms = timing.all_ms
+    timer = lab.timer.name + (HOST_TIME if timing.includes_host else "")
+    if isinstance(warm, Timing):
+        columns["warm_ms"] = warm.median_ms
+    entry.changes.update(columns, timer=timer, **clocks)
+    entry.end("ok", " ".join(filter(None, (entry.contender.remark, _host_note(timing), *entry.remarks))))
 
 
 def _find_writers(lab: Lab, racing: Sequence[Entry], inputs: Sequence[Inputs]) -> None:
@@ -377,6 +434,8 @@ def _look_again(entry: Entry, inputs: Inputs) -> None:
     with _kept(entry, inputs):
         poison(inputs.q)  # an output that is never written must not be the one that lay there
         again = entry.calls[0]()
+        if inputs.q.device.type == "cuda":
+            torch.cuda.synchronize()  # who works on another stream is told so below, and not that it did not work
     if not entry.waiting:
         return
     if not plain(again) or not entry.marks.distance(marks(again)) <= guard.SAME:
@@ -388,6 +447,13 @@ def _look_again(entry: Entry, inputs: Inputs) -> None:
         refill(inputs, 0)
         if not distance >= guard.OTHER:
             entry.end("incorrect", guard.REMEMBERED)
+    if entry.waiting and inputs.q.device.type == "cuda":
+        del again
+        told = out_of_turn(entry.calls[0], entry.marks)
+        if told == guard.UNSEEN:
+            entry.remarks.append(told)
+        elif told:
+            entry.end("incorrect", told)
 
 
 def _host_note(timing: Timing) -> str:
@@ -399,10 +465,6 @@ def _host_note(timing: Timing) -> str:
             "when the device began it."
         )
     return f"{timing.late} of {timing.samples} samples may hold host time." if timing.late else ""
-
-
-def _run_set(calls: Sequence[Call], turn: int) -> torch.Tensor:
-    return calls[turn]()
 
 
 def _clock_columns(before: ClockSample | None, after: ClockSample | None) -> dict[str, Any]:

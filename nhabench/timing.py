@@ -19,8 +19,9 @@ import torch
 from nhabench.errors import without_frames
 
 CONFIDENCE = 0.95
-_perf_counter = time.perf_counter  # as it is now: a contender could put another one in its place
+host_clock = time.perf_counter  # as it is now: a contender could put another one in its place
 TARGET = 0.005  # stop when the median's interval is within +-0.5 % of it
+AGREE, AGREE_FROM_MS = 0.01, 0.05  # two timers differ by no more, at calls that take as long or longer
 WARM_ROUNDS = 2  # for calls that are not slow, beside the pilot
 SLOW_MS = 100.0  # a call this long is warm after its pilot, which is its first sample
 LEAST_SAMPLES = 6  # with fewer there is no interval of that confidence
@@ -61,9 +62,9 @@ class WallClock:
         return self._time
 
     def _time(self, call: Callable[[], object]) -> Sample:
-        start = _perf_counter()
+        start = host_clock()
         call()
-        return Sample((_perf_counter() - start) * 1e3)
+        return Sample((host_clock() - start) * 1e3)
 
 
 class _HeadStart:
@@ -95,43 +96,67 @@ class CudaEvents:
     name = "cuda events"
 
     def __init__(self, cuda: Any = torch.cuda, clock: Callable[[], float] = time.perf_counter) -> None:
-        self._cuda, self._clock = cuda, clock
+        self._event, self._clock = partial(cuda.Event, enable_timing=True), clock
+        # As they are now: a contender could put others in their place.
+        kind = type(self._event())
+        self._record, self._query, self._elapsed_time = kind.record, kind.query, kind.elapsed_time
+        self._synchronize, self._spin = cuda.synchronize, cuda._sleep
         self._cycles_per_ms = 1e6
         for _ in range(2):  # the first one also loads the kernel
             asleep, awake = self._sleep(2.0)
-            self._cuda.synchronize()
-            self._cycles_per_ms = 2.0 * self._cycles_per_ms / asleep.elapsed_time(awake)
+            self._synchronize()
+            self._cycles_per_ms = 2.0 * self._cycles_per_ms / self._elapsed_time(asleep, awake)
 
     def stopwatch(self) -> Stopwatch:
         """See Timer."""
         return partial(self._time, _HeadStart())
 
-    def _event(self) -> Any:
-        return self._cuda.Event(enable_timing=True)
-
     def _sleep(self, milliseconds: float) -> tuple[Any, Any]:
         """Queue a sleep; the events before and behind it."""
         asleep, awake = self._event(), self._event()
-        asleep.record()
-        self._cuda._sleep(int(milliseconds * self._cycles_per_ms))
-        awake.record()
+        self._record(asleep)
+        self._spin(int(milliseconds * self._cycles_per_ms))
+        self._record(awake)
         return asleep, awake
 
     def _time(self, head_start: _HeadStart, call: Callable[[], object]) -> Sample:
         start, end = self._event(), self._event()
-        self._cuda.synchronize()
+        self._synchronize()
         asleep, awake = self._sleep(head_start.ms)
         begin = self._clock()
-        start.record()
+        self._record(start)
         call()
-        end.record()
-        late = bool(awake.query())
+        self._record(end)
+        late = bool(self._query(awake))
         host_ms = (self._clock() - begin) * 1e3
-        self._cuda.synchronize()
+        self._synchronize()
         # A sleep is counted in cycles: their rate follows the clocks, which rise under load.
-        self._cycles_per_ms *= head_start.ms / asleep.elapsed_time(awake)
+        self._cycles_per_ms *= head_start.ms / self._elapsed_time(asleep, awake)
         head_start.learn(host_ms, late)
-        return Sample(float(start.elapsed_time(end)), late)
+        return Sample(float(self._elapsed_time(start, end)), late)
+
+
+class Warm:
+    """Another timer's times of a call that follows another one of its kind, whose inputs it finds in the caches."""
+
+    def __init__(self, timer: Timer) -> None:
+        self.name = f"{timer.name}, warm"
+        self._timer = timer
+
+    def stopwatch(self) -> Stopwatch:
+        """See Timer."""
+        cold = self._timer.stopwatch()
+
+        def time(call: Callable[[], object]) -> Sample:
+            call()
+            return cold(call)
+
+        return time
+
+
+def agree(one_ms: float, other_ms: float) -> bool:
+    """Whether two timers' times of the same work are the same, or too short for them to be."""
+    return one_ms < AGREE_FROM_MS or abs(other_ms / one_ms - 1) <= AGREE
 
 
 @lru_cache(maxsize=4096)
@@ -248,6 +273,11 @@ class _Runner:
         if self.samples is self.in_time:
             return summarise(self.in_time, self.stop, left_out=late)
         return summarise(self.samples, self.stop, late)
+
+
+def in_turns(calls: Sequence[Callable[[], object]]) -> TimedCall:
+    """Calls, one for each input set, as one that takes the number of the set."""
+    return lambda turn: calls[turn]()
 
 
 def race(

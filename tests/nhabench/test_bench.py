@@ -586,3 +586,11 @@ def test_every_contender_has_a_name_of_its_own(row: Callable[..., Row]) -> None:
     names = [contender.name for contender in all_contenders()]
     assert len(names) == len(set(names))
     assert {contender.family for contender in all_contenders()} == {"nha", "full", "window", "linear"}
+
+
+def test_warm_times_are_there_where_they_were_asked_for(bench: Bench, contenders: Any) -> None:
+    bench([contenders.nha("a")], lengths=[16])
+    assert bench.rows["a", 16].warm_ms is None
+    bench([contenders.nha("a")], lengths=[16], warm=True)
+    assert bench.rows["a", 16].warm_ms > 0  # type: ignore[operator]
+    assert bench.rows["a", 16].graph_ms is None  # a CPU has no second timer

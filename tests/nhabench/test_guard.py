@@ -11,12 +11,13 @@ import torch
 
 from nhabench import reference
 from nhabench.baselines import masked_softmax
-from nhabench.cheats import CHEATS, Cheat, slows_the_clock, writes
+from nhabench.bench import make_lab
+from nhabench.cheats import CHEATS, CUDA_CHEATS, Cheat, plant, slows_the_clock, writes
 from nhabench.contender import Contender
 from nhabench.environment import read_environment
 from nhabench.floors import Ceilings
 from nhabench.gpu import GpuWatch
-from nhabench.guard import SPOILT, UNCHECKED, WROTE, fingerprint, marks, refill
+from nhabench.guard import SPOILT, UNCHECKED, UNSEEN, WROTE, fingerprint, marks, out_of_turn, refill
 from nhabench.implementations import attend
 from nhabench.inputs import Inputs, make_inputs
 from nhabench.measure import Lab, measure_case
@@ -144,3 +145,40 @@ def test_marks_tell_other_outputs_from_rounding(length: int, dtype: str) -> None
     assert fingerprint(inputs) == untouched
     o[-1, -1, -1, -1] = torch.nan
     assert not before.distance(marks(o)) <= 1e9
+
+
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="streams and events are a GPU's")
+
+
+@needs_cuda
+def test_every_cheat_on_a_gpu_is_caught_or_of_no_use() -> None:
+    case = Workload("small", 16, 4, 64, 64, 64).case(2048, "bfloat16")
+    with torch.no_grad():
+        planted = plant(make_lab(torch.device("cuda", 0), torch.bfloat16, "", 0.1), case, "triton")
+    assert [(one.name, one.told) for one in planted if not one.caught] == []
+    assert {cheat.name for cheat in CUDA_CHEATS} < {one.name for one in planted}
+
+
+@needs_cuda
+def test_honest_work_on_a_gpu_is_in_turn() -> None:
+    case = Workload("small", 16, 4, 64, 64, 64).case(2048, "bfloat16")
+    inputs = make_inputs(case, torch.device("cuda", 0))
+    side = torch.cuda.Stream()
+
+    def forked_and_joined() -> torch.Tensor:
+        here = torch.cuda.current_stream()
+        side.wait_stream(here)
+        with torch.cuda.stream(side):
+            o = attend(inputs, "triton")
+        here.wait_stream(side)
+        return o
+
+    def waits() -> torch.Tensor:
+        torch.cuda.synchronize()
+        return attend(inputs, "triton")
+
+    known = marks(attend(inputs, "triton"))
+    for _ in range(20):
+        assert out_of_turn(lambda: attend(inputs, "triton"), known) == ""
+        assert out_of_turn(forked_and_joined, known) == ""
+    assert out_of_turn(waits, known) == UNSEEN

@@ -20,6 +20,7 @@ from nhabench.timing import (
     Stopwatch,
     Timing,
     WallClock,
+    Warm,
     median_ranks,
     precise,
     race,
@@ -397,3 +398,23 @@ def test_the_sleep_follows_the_clocks() -> None:
     last, took = sample()
     assert last == Sample(pytest.approx(0.5), late=False)
     assert took == pytest.approx(1.3 * 4.0 + 0.1 + 0.5)
+
+
+def test_a_warm_call_follows_another_one_of_its_kind() -> None:
+    time = FakeTime()
+    costs = iter([5.0, 1.0] * 100)  # the first of each pair fetches the inputs
+    (timing,) = race([time.call("a", lambda: next(costs))], Warm(time), sets=1, seconds=0.0, clock=time)
+    assert isinstance(timing, Timing)
+    assert timing.median_ms == pytest.approx(1.0)
+    assert Warm(time).name == "fake, warm"
+
+
+def test_events_that_are_put_in_their_place_show_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = FakeCuda()
+    watch = CudaEvents(cuda, cuda.clock).stopwatch()
+    for name in ("record", "query", "elapsed_time"):
+        monkeypatch.setattr(FakeEvent, name, lambda *_: 0.0)
+    for name in ("synchronize", "_sleep", "Event"):
+        monkeypatch.setattr(cuda, name, lambda *_, **__: None)
+    watch(lambda: cuda.work(0.5))
+    assert watch(lambda: cuda.work(0.5)) == Sample(pytest.approx(0.5), late=False)
