@@ -216,7 +216,7 @@ def blocked_window(
         owner = torch.arange(len(cu_seqlens) - 1, device=q.device).repeat_interleave(
             cu_seqlens.diff(), output_size=length
         )
-        owner = F.pad(owner, (window, fill), value=-1).unfold(0, 2 * window, window)  # [blocks, 2W]: whose a token is
+        owner = F.pad(owner, (window, fill)).unfold(0, 2 * window, window)  # [blocks, 2W]: whose a token is
         band &= owner[:, window:, None] == owner[:, None]
     mask = band.repeat(batch, 1, 1).unsqueeze(1)  # [B*blocks, 1, W, 2W]
     o = F.scaled_dot_product_attention(

@@ -63,15 +63,14 @@ class Outcome:
 
 
 def all_contenders(only: Sequence[str] = ()) -> list[Contender]:
-    """Every contender for a batch, or the named ones, for packed sequences too. Raises ValueError for a name that is
-    none."""
-    known = {
-        contender.name: contender for contender in (*implementations(), *baselines(), *(for_packed() if only else ()))
-    }
+    """Every contender that serves batches, or the named ones, which may be for packed sequences alone. Raises
+    ValueError for a name that is none."""
+    usual = [*implementations(), *baselines()]
+    known = {contender.name: contender for contender in (*usual, *for_packed())}
     for name in only:
         if name not in known:
             raise ValueError(f"only: expected some of {', '.join(known)}, got {name!r}")
-    chosen = [contender for name, contender in known.items() if not only or name in only]
+    chosen = [contender for name, contender in known.items() if name in only] if only else usual
     # naive is host-bound: last in each round, it delays nobody.
     return sorted(chosen, key=lambda contender: contender.name == "naive")
 

@@ -33,7 +33,8 @@ class Contender:
     missing   a sentence saying why it cannot run on this device or installation at all, or None
     cannot    a sentence saying why it cannot serve this case on this device, or None
     quadratic its time grows with T*T for a sequence, not with T
-    exact     what it should return, straight from the definition and in the dtype of the inputs (small T only)
+    exact     what it should return, straight from the definition and in the dtype of the inputs (small T only). Of
+              packed sequences it is asked for each by itself
     remark    what a reader should know about how it was run
     """
 
