@@ -24,12 +24,11 @@ import nha_kernels
 import nhabench
 from nhabench.bench import EXIT_DEVICE, EXIT_INCOMPLETE, EXIT_OK, EXIT_WRONG
 from nhabench.results import Row
+from nhabench.timing import LONG_MS
 
 # In units of the limit: what nhabench.compare.LIMITS says that two processes of the same code may differ by on such a
 # device. The row in the middle may differ by that, the worst one by twice as much.
 WORST = 2
-# A shorter call is a few steps of a GPU's clock and of the event timer's resolution: it counts in the median alone.
-LONG_MS = 0.05
 # Not a failure of the bench, and no time that could differ, as long as every process says so.
 NOT_RUN = ("unsupported", "unavailable", "skipped")
 LAST_WORDS = 3  # lines

@@ -19,7 +19,7 @@ PROBE = 2**26  # elements
 
 
 @dataclass(frozen=True)
-class Agreement:
+class TwoTimes:
     """The median time of a call by both timers, in ms, and whether they are the same."""
 
     call: str
@@ -28,9 +28,7 @@ class Agreement:
     agree: bool
 
 
-def compare_timers(
-    contenders: Sequence[Contender], case: Case, device: torch.device, seconds: float
-) -> list[Agreement]:
+def compare_timers(contenders: Sequence[Contender], case: Case, device: torch.device, seconds: float) -> list[TwoTimes]:
     """Time copies of three lengths, and contenders at a case, by both timers in turns; for `seconds` each.
 
     A CPU has one timer only: the list is empty. Raises what a call raises.
@@ -53,7 +51,7 @@ def compare_timers(
             call()
         replays = capture(calls, torch.cuda.graph_pool_handle()).replays
         events_ms, graph_ms = map(_median, race([in_turns(calls), in_turns(replays)], timer, len(calls), seconds))
-        found.append(Agreement(name, events_ms, graph_ms, agree(events_ms, graph_ms)))
+        found.append(TwoTimes(name, events_ms, graph_ms, agree(events_ms, graph_ms)))
     return found
 
 

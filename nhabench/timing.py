@@ -21,7 +21,8 @@ from nhabench.errors import without_frames
 CONFIDENCE = 0.95
 host_clock = time.perf_counter  # as it is now: a contender could put another one in its place
 TARGET = 0.005  # stop when the median's interval is within +-0.5 % of it
-AGREE, AGREE_FROM_MS = 0.01, 0.05  # two timers differ by no more, at calls that take as long or longer
+AGREE = 0.01  # two timers differ by no more, at long calls
+LONG_MS = 0.05  # what is shorter is a few steps of a GPU's clock and of its events, and is not asked so much
 WARM_ROUNDS = 2  # for calls that are not slow, beside the pilot
 SLOW_MS = 100.0  # a call this long is warm after its pilot, which is its first sample
 LEAST_SAMPLES = 6  # with fewer there is no interval of that confidence
@@ -156,7 +157,7 @@ class Warm:
 
 def agree(one_ms: float, other_ms: float) -> bool:
     """Whether two timers' times of the same work are the same, or too short for them to be."""
-    return one_ms < AGREE_FROM_MS or abs(other_ms / one_ms - 1) <= AGREE
+    return one_ms < LONG_MS or abs(other_ms / one_ms - 1) <= AGREE
 
 
 @lru_cache(maxsize=4096)

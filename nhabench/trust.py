@@ -52,9 +52,22 @@ def cheats(told: Told) -> str:
     return f"Of {len(planted)} ways to cheat, {len(planted) - len(missed)} were caught or of no use{but}."
 
 
+def timers(told: Told) -> str:
+    """How far the two timers of a GPU agree; "" on a CPU, which has one."""
+    found = told["timers"]
+    if not found:
+        return ""
+    apart = {one["call"]: abs(one["graph_ms"] / one["events_ms"] - 1) for one in found}
+    worst = max(apart, key=apart.__getitem__)
+    return (
+        f"Events around a call and around its CUDA graph differ by {percent(apart[worst])} at most, of {len(found)} "
+        f"calls: {worst}."
+    )
+
+
 def selftest_sentences(told: Told) -> list[str]:
     """Each thing that selftest asks, in a sentence."""
-    return [sentence(told) for sentence in (alarms, caught, cheats)]
+    return [said for sentence in (alarms, caught, cheats, timers) if (said := sentence(told))]
 
 
 def repeat_sentences(told: Told) -> list[str]:

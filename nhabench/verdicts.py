@@ -44,10 +44,13 @@ from nhabench.options import (
 from nhabench.regress import FOLDER, Comparison, as_it_is, compare_versions, version
 from nhabench.repeat import Agreement, run_processes
 from nhabench.selftest import Trial, passed, run_trials
+from nhabench.timers import TwoTimes, compare_timers
 from nhabench.trust import percent, repeat_sentences
 from nhabench.workloads import Case, cases
 
 CHEAT_SECONDS = 0.2  # of timing beside each planted cheat
+TIMER_SECONDS = 1.0  # of timing of each call by both timers
+TIMED_TWICE = ("triton", "sdpa-flash", "sdpa-cudnn")
 
 
 def _environment(device: torch.device, command: str) -> Environment:
@@ -190,8 +193,9 @@ def selftest(
 
     A call is compared with itself, and with itself slowed down, in one process. Exit code 0: at most 1 % of the
     comparisons between equals said 'regress', at least 95 % of those with a call slower by twice the limit or more did,
-    what was measured is what it was slowed down by, and every planted cheat was caught or of no use; 1: not so; 74: the
-    output could not be written. As selftest.json in a folder of results, the output is shown by report.
+    what was measured is what it was slowed down by, every planted cheat was caught or of no use, and the two timers of
+    a GPU agree within 1 % at calls of 50 us and more; 1: not so; 74: the output could not be written. As selftest.json
+    in a folder of results, the output is shown by report.
     """
     at_least(1, comparisons=comparisons)
     at_least(0, seconds=seconds)
@@ -214,9 +218,11 @@ def selftest(
         )
         status.update("planting cheats")
         planted = plant(make_lab(where, case.torch_dtype, "", CHEAT_SECONDS), case, name)
-    good = passed(trials, bound) and all(one.caught for one in planted)
+        status.update("comparing timers")
+        timers = compare_timers(contenders_of(TIMED_TWICE), case, where, TIMER_SECONDS)
+    good = passed(trials, bound) and all(one.caught for one in planted) and all(one.agree for one in timers)
     if not as_json:
-        _show_selftest(f"{contender.label}, {case}", trials, planted, good)
+        _show_selftest(f"{contender.label}, {case}", trials, planted, timers, good)
     told = {
         "environment": dataclasses.asdict(environment),
         "case": str(case),
@@ -224,11 +230,14 @@ def selftest(
         "passed": good,
         "trials": [dataclasses.asdict(one) for one in trials],
         "cheats": [dataclasses.asdict(one) for one in planted],
+        "timers": [dataclasses.asdict(one) for one in timers],
     }
     raise typer.Exit(tell(told, as_json, output, 0 if good else 1))
 
 
-def _show_selftest(title: str, trials: Sequence[Trial], planted: Sequence[Planted], good: bool) -> None:
+def _show_selftest(
+    title: str, trials: Sequence[Trial], planted: Sequence[Planted], timers: Sequence[TwoTimes], good: bool
+) -> None:
     table = Table("slower by", "measured", "comparisons", "regress", "inconclusive", title=title)
     for one in trials:
         counts = (one.comparisons, one.regress, one.inconclusive)
@@ -236,7 +245,10 @@ def _show_selftest(title: str, trials: Sequence[Trial], planted: Sequence[Plante
     cheats = Table("planted cheat", "caught", "what was said", title="Cheats")
     for planting in planted:
         cheats.add_row(planting.name, "yes" if planting.caught else "NO", Text(planting.told))
-    console().print(table, cheats, "passed" if good else "failed")
+    twice = Table("call", "events, ms", "CUDA graph, ms", "agree", title="Two timers")
+    for both in timers:
+        twice.add_row(both.call, f"{both.events_ms:.4f}", f"{both.graph_ms:.4f}", "yes" if both.agree else "NO")
+    console().print(table, cheats, *([twice] if timers else []), "passed" if good else "failed")
 
 
 def repeat(

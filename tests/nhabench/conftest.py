@@ -99,6 +99,7 @@ def figures() -> dict[str, dict[str, Any]]:
         "selftest.json": {
             "environment": environment, "case": "tiny", "limit": 0.01, "passed": True,
             "trials": [vars(one) for one in trials], "cheats": [vars(one) for one in planted],
+            "timers": [],
         },
         "repeat.json": {"environment": environment, **found.summary()},
     }  # fmt: skip

@@ -20,6 +20,7 @@ from nhabench.floors import Ceilings
 from nhabench.gpu import GpuWatch
 from nhabench.lab import Lab
 from nhabench.selftest import SHARES, Trial, passed, pause_of, run_trials
+from nhabench.timers import TwoTimes
 from nhabench.timing import Sample, Stopwatch, WallClock
 from nhabench.workloads import Workload
 
@@ -115,8 +116,13 @@ def test_every_cheat_is_caught_or_of_no_use(tiny: Workload, monkeypatch: pytest.
 SLOWER = (0.0, 0.0, 0.0, 0.1, 0.2, 0.2, 0.2, 0.5)  # what three comparisons, and one where a quarter does, find
 
 
-@pytest.mark.parametrize(("works", "caught"), [(True, True), (False, True), (True, False)])
-def test_the_shell_is_told(works: bool, caught: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    ("works", "caught", "agree"),
+    [(True, True, True), (False, True, True), (True, False, True), (True, True, False)],
+)
+def test_the_shell_is_told(
+    works: bool, caught: bool, agree: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ratios = iter(range(10**6))
 
     def turns(base: object, new: object, seconds: float) -> Ratio:
@@ -126,7 +132,8 @@ def test_the_shell_is_told(works: bool, caught: bool, tmp_path: Path, monkeypatc
     monkeypatch.setattr(selftest, "take_turns", turns)
     monkeypatch.setattr(verdicts, "make_lab", lambda *_: None)
     monkeypatch.setattr(verdicts, "plant", lambda *_: [Planted("it lies", caught, "what it was told")])
-    good = works and caught
+    monkeypatch.setattr(verdicts, "compare_timers", lambda *_: [TwoTimes("a copy", 1.0, 1.1, agree)])
+    good = works and caught and agree
     out = tmp_path / "selftest.json"
     arguments = ["selftest", "--device", "cpu", "--comparisons", "3"]
     done = CliRunner().invoke(cli.app, [*arguments, "--json", "--output", str(out)])
@@ -137,7 +144,9 @@ def test_the_shell_is_told(works: bool, caught: bool, tmp_path: Path, monkeypatc
     assert (done.exit_code, told["passed"], told["limit"]) == (0 if good else 1, good, 0.1)
     assert [trial["regress"] for trial in told["trials"]] == ([0, 0, 3, 1] if works else [0, 0, 0, 0])
     assert told["cheats"] == [{"name": "it lies", "caught": caught, "told": "what it was told"}]
+    assert told["timers"] == [{"call": "a copy", "events_ms": 1.0, "graph_ms": 1.1, "agree": agree}]
     ratios = iter(range(10**6))
     done = CliRunner().invoke(cli.app, arguments)
-    for word in ("passed" if good else "failed", "20.0%", "it lies", "what it was told", "yes" if caught else "NO"):
+    words = ("passed" if good else "failed", "20.0%", "it lies", "what it was told", "a copy", "1.1000")
+    for word in (*words, "yes" if caught else "NO", "yes" if agree else "NO"):
         assert word in done.stdout

@@ -24,6 +24,14 @@ def test_selftest_in_sentences(figures: Figures) -> None:
     assert selftest_sentences(told)[-1] == "Of 2 ways to cheat, 1 were caught or of no use; not so: it lies."
 
 
+def test_two_timers_in_a_sentence(figures: Figures) -> None:
+    told = figures["selftest.json"]
+    pairs = (("a copy", 1.0, 0.998), ("NHA", 0.1, 0.1011))
+    told["timers"] = [{"call": name, "events_ms": one, "graph_ms": two, "agree": False} for name, one, two in pairs]
+    sentence = "Events around a call and around its CUDA graph differ by 1.1 % at most, of 2 calls: NHA."
+    assert selftest_sentences(told)[3:] == [sentence]
+
+
 def test_repeat_in_sentences(figures: Figures) -> None:
     told = figures["repeat.json"]
     middle = "The medians of 3 fresh processes differ by 0.5 % in the median of 1 rows (limit: 1 %), "
