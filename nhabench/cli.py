@@ -184,20 +184,23 @@ def plot(
 
 @app.command(epilog=example("report results/nvidia-h100-80gb-hbm3"))
 def report(
-    folder: Annotated[Path, typer.Argument(help="A folder of results.", exists=True, file_okay=False)],
-    output: Annotated[Path | None, typer.Option(help=f"The page. {REPORT_NAME} in the folder by default.")] = None,
+    results: Annotated[Path, typer.Argument(help="A folder of results, or one CSV.", exists=True)],
+    output: Annotated[
+        Path | None, typer.Option(help=f"The page. {REPORT_NAME} in the folder by default, of a CSV one beside it.")
+    ] = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell a folder of results as one HTML page: findings, provenance, plots and their data.
+    """Tell results as one HTML page: findings, provenance, plots and their data.
 
-    Takes every CSV of the folder, and of the folders in it, that bench wrote, and how far they can be trusted from the
-    folder's selftest.json and repeat.json, where they are. The page needs no network and no other file.
+    Takes every CSV of the folder, and of the folders in it, that bench or a suite wrote, and how far they can be
+    trusted from the folder's selftest.json and repeat.json, where they are. The page needs no network and no other
+    file.
     """
     try:
-        told = build_report(folder)
+        told = build_report(results)
     except (ValueError, OSError) as error:
-        raise typer.BadParameter(str(error), param_hint="FOLDER") from error
-    path = output or folder / REPORT_NAME
+        raise typer.BadParameter(str(error), param_hint="RESULTS") from error
+    path = output or (results.with_suffix(".html") if results.is_file() else results / REPORT_NAME)
     try:
         size = write_report(told, path)
     except OSError as error:

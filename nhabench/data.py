@@ -10,6 +10,7 @@ from nhabench.crossover import fastest_by_length, length_of, time_of
 from nhabench.environment import Environment
 from nhabench.results import Row
 from nhabench.roofline import allowed, intensity, on_roofline
+from nhabench.sweeps import LETTERS, Size, reader_of
 from nhabench.tables import FAMILIES, significant
 
 Value = float | str | None
@@ -72,33 +73,41 @@ def _scaled(value: float | None, factor: float) -> float | None:
     return None if value is None else value * factor
 
 
-def _of_rows(rows: Iterable[Row], *columns: Columns) -> Table:
-    """One line for each row, by rising T, in the columns of which anything is known.
+def _of_rows(rows: Iterable[Row], *columns: Columns, at: Callable[[Row], int] = length_of) -> Table:
+    """One line for each row, by rising T (or what `at` reads), in the columns of which anything is known.
 
     NHA first, then the other families; in each the implementation first that came to the largest T, and there was the
     fastest.
     """
-    lines = sorted(rows, key=lambda row: (length_of(row), row.batch))
+    lines = sorted(rows, key=lambda row: (at(row), row.batch))
     known = {title: value for part in columns for title, value in part.items()}
     every = {title: value for title, value in known.items() if any(value(row) is not None for row in lines)}
-    last = {row.implementation: (-length_of(row), time_of(row)) for row in lines}
+    last = {row.implementation: (-at(row), time_of(row)) for row in lines}
     lines.sort(key=lambda row: (FAMILIES.index(row.family), last[row.implementation], row.implementation))
     return table(list(every), ([value(row) for value in every.values()] for row in lines))
 
 
+_ALL: Columns = {
+    "min, ms": lambda row: row.min_ms,
+    "p95, ms": lambda row: row.p95_ms,
+    "as a CUDA graph, ms": lambda row: row.graph_ms,
+    "warm, ms": lambda row: row.warm_ms,
+    **_FLOOR,
+    **_MEMORY,
+    "timer": lambda row: row.timer or None,
+    "note": lambda row: row.note or None,
+}
+
+
 def latency_data(rows: Sequence[Row]) -> Table:
     """Times of every timed row, with what else is known of them."""
-    more: Columns = {
-        "min, ms": lambda row: row.min_ms,
-        "p95, ms": lambda row: row.p95_ms,
-        "as a CUDA graph, ms": lambda row: row.graph_ms,
-        "warm, ms": lambda row: row.warm_ms,
-        **_FLOOR,
-        **_MEMORY,
-        "timer": lambda row: row.timer or None,
-        "note": lambda row: row.note or None,
-    }
-    return _of_rows((row for row in rows if row.timed), _CASE, _TIME, more)
+    return _of_rows((row for row in rows if row.timed), _CASE, _TIME, _ALL)
+
+
+def sweep_data(rows: Sequence[Row], size: Size) -> Table:
+    """Times of the rows of a sweep, with what else is known of them."""
+    read = reader_of(size)
+    return _of_rows(rows, _CASE, {LETTERS[size]: read}, _TIME, _ALL, at=read)
 
 
 def speedup_data(rows: Sequence[Row]) -> Table:

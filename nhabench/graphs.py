@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -48,12 +49,13 @@ def capture(calls: Sequence[Call], pool: tuple[int, int]) -> Graphs:
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
     """On a stream of its own, which a capture needs; what was queued before has finished. No garbage is collected: what
-    is destroyed inside a capture can spoil it."""
+    is destroyed inside a capture can spoil it. An empty graph is no news: what it leaves is looked at later."""
     torch.cuda.synchronize()
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.stream(torch.cuda.Stream()):
+        with torch.cuda.stream(torch.cuda.Stream()), warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "The CUDA Graph is empty")
             yield
     finally:
         if collects:

@@ -1,4 +1,5 @@
-"""A folder of results as one HTML file that needs nothing beside it: findings, provenance, plots and their data."""
+"""Results, a folder of them or one CSV, as one HTML file that needs nothing beside it: findings, provenance, plots and
+their data."""
 
 from __future__ import annotations
 
@@ -12,15 +13,17 @@ from pathlib import Path
 import jinja2
 from matplotlib.figure import Figure
 
-from nhabench.data import Table, floor_data, latency_data, provenance, roofline_data, speedup_data
+from nhabench.data import Table, floor_data, latency_data, provenance, roofline_data, speedup_data, sweep_data
 from nhabench.findings import crossing, findings, marked, overview
 from nhabench.plots import floor, latency, speedup, to_svg
 from nhabench.results import Row, is_table, load_rows, replace_file
 from nhabench.roofline import roofline
+from nhabench.sweeps import Size, finding, sweep, sweeps
 from nhabench.tables import grouped, reasons, shape
 from nhabench.trust import Figures, read_figures
 
 FILE_NAME = "report.html"
+SIZES: tuple[Size, ...] = ("window", "slots")
 
 Draw = Callable[[Sequence[Row]], Figure | None]
 
@@ -38,7 +41,7 @@ class Plot:
 
 @dataclass(frozen=True)
 class Group:
-    """One workload, dtype and device."""
+    """One workload, or a sweep over one size of it; of one dtype and device."""
 
     anchor: str
     title: str
@@ -85,15 +88,17 @@ class Report:
         return list(dict.fromkeys((days[0], days[-1])))
 
 
-def find_tables(folder: Path) -> tuple[dict[str, list[Row]], dict[str, str]]:
-    """(rows by file, left-out files with the reason) of the folder's CSVs and those of its subfolders.
+def find_tables(path: Path) -> tuple[dict[str, list[Row]], dict[str, str]]:
+    """(rows by file, left-out files with the reason) of one CSV, or of a folder's CSVs and those of its subfolders.
 
     Files are named relative to the folder. Raises ValueError where no file holds rows, or one is of another version;
     OSError where one cannot be read.
     """
+    folder = folder_of(path)
+    found = [path] if path.is_file() else [*sorted(path.glob("*.csv")), *sorted(path.glob("*/*.csv"))]
     tables: dict[str, list[Row]] = {}
     left_out: dict[str, str] = {}
-    for path in filter(Path.is_file, (*sorted(folder.glob("*.csv")), *sorted(folder.glob("*/*.csv")))):
+    for path in filter(Path.is_file, found):
         name = path.relative_to(folder).as_posix()
         try:
             if not is_table(path):
@@ -109,15 +114,20 @@ def find_tables(folder: Path) -> tuple[dict[str, list[Row]], dict[str, str]]:
         else:
             left_out[name] = "holds no rows"
     if not tables:
-        found = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "no CSV"
-        raise ValueError(f"expected a folder with a CSV that bench wrote, got {folder.name or folder}: {found}")
+        what = "; ".join(f"{name}: {reason}" for name, reason in left_out.items()) or "no CSV"
+        raise ValueError(f"expected results that bench or a suite wrote, got {path.name or path}: {what}")
     return tables, left_out
 
 
-def build_report(folder: Path) -> Report:
-    """Read a folder and draw its plots. Raises as find_tables and read_figures."""
-    tables, left_out = find_tables(folder)
-    figures = read_figures(folder)
+def folder_of(path: Path) -> Path:
+    """The folder of a CSV, or the folder itself."""
+    return path.parent if path.is_file() else path
+
+
+def build_report(path: Path) -> Report:
+    """Read one CSV, or those of a folder, and draw their plots. Raises as find_tables and read_figures."""
+    tables, left_out = find_tables(path)
+    figures = read_figures(folder_of(path))
     taken: set[str] = set()
     sections = []
     for name, rows in tables.items():
@@ -126,7 +136,7 @@ def build_report(folder: Path) -> Report:
             parts.setdefault((row.direction, row.device), []).append(row)
         sections += [_section(name, part, taken) for part in parts.values()]
     every = [row for rows in tables.values() for row in rows]
-    return Report(folder.resolve().name, list(tables), left_out, every, sections, *provenance(tables), figures)
+    return Report(folder_of(path.resolve()).name, list(tables), left_out, every, sections, *provenance(tables), figures)
 
 
 def write_report(report: Report, path: Path) -> int:
@@ -157,24 +167,52 @@ def summary(report: Report) -> dict[str, object]:
 
 
 def _section(name: str, rows: Sequence[Row], taken: set[str]) -> Section:
-    groups = grouped(rows)
+    swept = [(size, group) for size in SIZES for group in sweeps(rows, size)]
+    groups = {key: group for key, group in grouped(rows).items() if not _only_swept(group, swept)}
     told = reasons(rows)
     return Section(
         title=f"{name}: {rows[0].direction}, {rows[0].device}",
         overview=overview(list(groups.values())),
-        groups=[_group(name, title, group, taken) for (title, _, _), group in groups.items()],
+        groups=[
+            *(_sweep(name, size, group, taken) for size, group in swept),
+            *(_group(name, title, group, taken) for (title, _, _), group in groups.items()),
+        ],
         incorrect=[sentence for status, sentence in told if status == "incorrect"],
         absent=[sentence for status, sentence in told if status != "incorrect"],
         marks=marked(rows),
     )
 
 
-def _group(name: str, title: str, rows: Sequence[Row], taken: set[str]) -> Group:
+def _only_swept(rows: Sequence[Row], swept: Sequence[tuple[Size, Sequence[Row]]]) -> bool:
+    """Whether a workload stands at one length, and in a sweep: alone it would be a plot of single points."""
+    keys = {row.key for _, group in swept for row in group}
+    return len({(row.seq_len, row.sequences) for row in rows}) == 1 and any(row.key in keys for row in rows)
+
+
+def _sweep(name: str, size: Size, rows: Sequence[Row], taken: set[str]) -> Group:
     first = rows[0]
+    heads = f"{first.q_heads}/{first.kv_heads} heads, D={first.head_dim}"
+    title = f"{size}: {heads}, T={first.seq_len}"
+    anchor = _anchor(name, title, first, taken)
+    rest = f"M={first.slots}" if size == "window" else f"W={first.window}"
+    figure = sweep(rows, size)
+    plot = Plot(size, str(figure.get_label()), to_svg(figure, f"{anchor}-{size}"), 1, sweep_data(rows, size))
+    subject = f"{first.direction} on {first.device}, {heads}, {rest}, {first.dtype}; {name}"
+    return Group(anchor, title, subject, finding(rows, size), [], [plot])
+
+
+def _anchor(name: str, title: str, first: Row, taken: set[str]) -> str:
+    """A name for a link, of which there is no other on the page."""
     anchor = re.sub(r"[^a-z0-9.]+", "-", f"{name.removesuffix('.csv')}-{title}-{first.dtype}".lower())
     while anchor in taken:  # on a second device
         anchor += "-more"
     taken.add(anchor)
+    return anchor
+
+
+def _group(name: str, title: str, rows: Sequence[Row], taken: set[str]) -> Group:
+    first = rows[0]
+    anchor = _anchor(name, title, first, taken)
     subject = f"{first.direction} on {first.device}, {shape(first)}, {first.dtype}; {name}"
     plots = list(_plots(rows, anchor))
     return Group(anchor, title, subject, crossing(rows), findings(rows), plots)

@@ -16,6 +16,7 @@ from nhabench.bench import all_contenders, make_lab
 from nhabench.contender import Contender
 from nhabench.lab import DeviceLost, Lab
 from nhabench.options import device_of, dtype_of
+from nhabench.report import build_report, write_report
 from nhabench.results import ResultFile, Row
 from nhabench.suite import Clock, Session, Suite
 from nhabench.workloads import Case, torch_dtype
@@ -98,15 +99,18 @@ def session(request: pytest.FixtureRequest) -> Session:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: pytest.Config) -> None:
-    """Draw what was kept, each suite into a folder of its own: two may draw the same workload."""
+    """Draw what was kept, and tell it as a page; each suite by itself, since two may draw the same workload."""
     for suite, file in config.stash[RESULTS].values():
-        folder = file.path.with_suffix("")
+        folder, page = file.path.with_suffix(""), file.path.with_suffix(".html")
         try:
             suite.draw(file.rows, folder)
-        except OSError as error:
-            terminalreporter.write_line(f"Could not write the plots of {suite.name}: {error.strerror or error}.")
+            write_report(build_report(file.path), page)
+        except (OSError, ValueError) as error:
+            terminalreporter.write_line(
+                f"Could not write the plots of {suite.name}: {getattr(error, 'strerror', None) or error}."
+            )
         else:
-            terminalreporter.write_line(f"Results: {file.path}, plots: {folder}")
+            terminalreporter.write_line(f"Results: {file.path}, plots: {folder}, page: {page}")
 
 
 @pytest.fixture

@@ -357,8 +357,51 @@ def test_a_folder_without_readable_results_is_refused(
         find_tables(folder)
     done = RUNNER.invoke(app, ["report", str(folder)])
     assert done.exit_code == 2
-    assert "FOLDER" in done.output
+    assert problem[:30] in " ".join(done.output.replace("│", " ").split())
     assert not (folder / "report.html").exists()
+
+
+def test_a_sweep_is_a_plot_of_its_own_and_its_widths_are_not(rows: list[Row], row: RowMaker, tmp_path: Path) -> None:
+    times, cudnn = (
+        {8: 2.0, 16: 1.9, 512: 4.0},
+        {"implementation": "sdpa-cudnn", "label": "full: cuDNN", "family": "full"},
+    )
+    swept = [
+        row(
+            workload=f"tiny-w{width}",
+            window=width,
+            median_ms=ms * slower,
+            low_ms=0.99 * ms * slower,
+            high_ms=1.01 * ms * slower,
+            **(full if slower > 1 else {}),
+        )
+        for width, ms in times.items()
+        for slower, full in (
+            (1.0, {}),
+            (1.5, {"implementation": "sdpa-cudnn", "label": "full: cuDNN", "family": "full"}),
+        )
+    ]
+    write(tmp_path, swept, "window.csv")
+    page = page_of(tmp_path)
+    assert len(page.all("svg")) == 1
+    (title,) = [title for title in page.tables if title.startswith("window")]
+    assert title == "window: 4/2 heads, D=16, T=512, window: data"
+    header, *lines = page.tables[title]
+    assert [line[header.index("W")] for line in lines] == ["8", "16", "512"] * 2
+    assert [line[header.index("median, ms")] for line in lines[:3]] == ["2.000", "1.900", "4.000"]
+    assert "NHA chunked is faster than full attention (cuDNN) at every W measured" in page.text
+    # A workload with several lengths stays, beside the sweep in which one of them stands.
+    write(tmp_path, [*swept, *rows], "window.csv")
+    assert len(page_of(tmp_path).all("svg")) == 5
+
+
+def test_one_csv_is_a_page_beside_it(rows: list[Row], tmp_path: Path) -> None:
+    path = write(tmp_path, rows)
+    write(tmp_path, rows, "other.csv")
+    done = RUNNER.invoke(app, ["report", str(path), "--json"])
+    told = json.loads(done.stdout)
+    assert (told["report"], told["files"]) == (str(tmp_path / "forward.html"), ["forward.csv"])
+    assert (tmp_path / "forward.html").exists()
 
 
 def test_other_csvs_are_left_out_and_named(rows: list[Row], tmp_path: Path) -> None:
