@@ -85,6 +85,27 @@ def lazy(honest: Run) -> Run:
     return lambda inputs: honest(inputs).as_subclass(Lazy)
 
 
+def works_when_watched(honest: Run) -> Run:
+    """The work where the memory of its output was poisoned, for a check; else what lies there."""
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        o = torch.empty_like(inputs.q)
+        return honest(inputs) if o.isnan().any() else o
+
+    return run
+
+
+def knows_one_set(honest: Run) -> Run:
+    """The work for the first inputs that come; nothing for others."""
+    first: list[Inputs] = []
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        first[:] = first or [inputs]
+        return honest(inputs) if inputs is first[0] else torch.zeros_like(inputs.q)
+
+    return run
+
+
 CHEATS = (
     Cheat("it remembers its output", remembers, guard.REMEMBERED),
     Cheat("it idles once it was checked", idles(1), guard.UNCHECKED),
@@ -92,6 +113,7 @@ CHEATS = (
     *(Cheat(f"it writes into {name}", writes(name), guard.WROTE) for name in "qkvg"),
     Cheat("it writes when it is timed", writes("k", after=3), guard.WROTE),
     Cheat("its output is lazy", lazy, guard.NO_TENSOR),
+    Cheat("it works when it is watched", works_when_watched, guard.UNCHECKED),
 )
 
 
@@ -118,6 +140,12 @@ def ahead(honest: Run) -> Run:
         return o
 
     return run
+
+
+def ahead_and_copies(honest: Run) -> Run:
+    """The same, and a copy of what was done then, in its turn."""
+    early = ahead(honest)
+    return lambda inputs: early(inputs).clone()
 
 
 def slows_the_clock(honest: Run) -> Run:
@@ -148,8 +176,10 @@ def slows_the_events(honest: Run) -> Run:
 
 CLOCKS = (Cheat("it slows the clock", slows_the_clock, ""),)
 CUDA_CHEATS = (
-    Cheat("it works on the side", on_the_side, guard.BEHIND),
-    Cheat("it works ahead", ahead, guard.AHEAD),
+    Cheat("it knows one set of inputs", knows_one_set, guard.UNCHECKED),  # of which a CPU gets one only
+    Cheat("it works on the side", on_the_side, guard.OUT_OF_TURN),
+    Cheat("it works ahead", ahead, guard.OUT_OF_TURN),
+    Cheat("it works ahead, and copies", ahead_and_copies, guard.OUT_OF_TURN),
     Cheat("it slows the events", slows_the_events, ""),
 )
 

@@ -20,6 +20,7 @@ from nhabench.options import (
     Device,
     Dtype,
     Flags,
+    SecondsPerCase,
     WorkloadsFile,
     at_least,
     changed,
@@ -74,7 +75,7 @@ def bench(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
-    seconds_per_case: Annotated[float, typer.Option(help="Time limit of timing at each B x T.")] = 2.0,
+    seconds_per_case: SecondsPerCase = 2.0,
     output: Annotated[Path | None, typer.Option(help="Folder for CSV and plots. results/<device> by default.")] = None,
     warm: Annotated[
         bool, typer.Option("--warm", help="Also time calls that find their inputs in the caches (column warm_ms).")

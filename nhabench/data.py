@@ -90,7 +90,7 @@ def _of_rows(rows: Iterable[Row], *columns: Columns, at: Callable[[Row], int] = 
 _ALL: Columns = {
     "min, ms": lambda row: row.min_ms,
     "p95, ms": lambda row: row.p95_ms,
-    "as a CUDA graph, ms": lambda row: row.graph_ms,
+    "CUDA graph / call": lambda row: row.graph_ratio,
     "warm, ms": lambda row: row.warm_ms,
     **_FLOOR,
     **_MEMORY,

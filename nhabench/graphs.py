@@ -7,10 +7,12 @@ import gc
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
 from nhabench.contender import Call
+from nhabench.timing import Timer, Timing, in_turns, race
 
 
 @dataclass(frozen=True)
@@ -21,29 +23,68 @@ class Graphs:
     o: torch.Tensor
 
 
-def capture(calls: Sequence[Call], pool: tuple[int, int]) -> Graphs:
-    """Capture each call, which has run before. Raises what the call raises, and RuntimeError where it cannot be done.
+def two_times(calls: Sequence[Call], graphs: Graphs, timer: Timer, seconds: float) -> tuple[Timing, Timing]:
+    """What the calls take, and what their graphs take, timed in turns. Raises what one of them raised."""
+    both = [in_turns(calls), in_turns(graphs.replays)]
+    timings = []
+    for result in race(both, timer, len(calls), seconds):
+        if isinstance(result, Exception):
+            raise result
+        timings.append(result)
+    return timings[0], timings[1]
 
-    pool: of `torch.cuda.graph_pool_handle()`. Graphs that share one must not be replayed at the same time. Of their
-    outputs only the first one of `calls` keeps its memory for itself.
+
+def capture(calls: Sequence[Call]) -> Graphs:
+    """Capture the calls, one for each input set; each is made once before, so that it finds all that it keeps.
+
+    Raises what a call raises, and RuntimeError where it cannot be captured. The graphs share their memory, but for the
+    first one's output: no two must be replayed at the same time.
     """
-    graphs = [torch.cuda.CUDAGraph() for _ in calls]
-    first: torch.Tensor | None = None
-    with _undisturbed():
-        for graph, call in zip(graphs, calls, strict=True):
-            graph.capture_begin(pool=pool)  # type: ignore[arg-type] # torch has a type of its own for it
-            try:
-                o = call()
-            except BaseException:
-                with contextlib.suppress(RuntimeError):  # what the call did may have spoilt the capture
-                    graph.capture_end()
-                raise
-            graph.capture_end()
-            first = o if first is None else first
-            del o
-    if first is None:
+    if not calls:
         raise ValueError("calls: expected at least one, got none")
-    return Graphs([graph.replay for graph in graphs], first)
+    pool = torch.cuda.graph_pool_handle()
+    outputs: list[torch.Tensor] = []
+    graphs = []
+    with _undisturbed():
+        for call in calls:
+            call()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # inside a capture torch does not give back what it keeps when memory runs out
+        for call in calls:
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(pool=pool)
+            with _ended(graph, pool):
+                o = call()
+            graphs.append(graph)
+            if not outputs:
+                outputs.append(o)
+            del o  # the next graph may have its memory
+    return Graphs([graph.replay for graph in graphs], outputs[0])
+
+
+@contextlib.contextmanager
+def _ended(graph: torch.cuda.CUDAGraph, pool: tuple[int, int]) -> Iterator[None]:
+    """End a capture that has begun, whatever happens in it."""
+    try:
+        try:
+            yield
+        except BaseException:
+            with contextlib.suppress(RuntimeError):  # what the call did may have spoilt the capture: its error counts
+                graph.capture_end()
+            raise
+        graph.capture_end()
+    except BaseException:
+        # A capture that cannot be ended is one that goes on, for torch's allocator: it would never again give memory
+        # back before it says that there is none.
+        with contextlib.suppress(RuntimeError):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), pool)
+        raise
+
+
+@cache
+def _stream(device: int) -> torch.cuda.Stream:
+    """One for all captures: libraries keep memory for every stream that they have seen."""
+    return torch.cuda.Stream(device)
 
 
 @contextlib.contextmanager
@@ -54,7 +95,7 @@ def _undisturbed() -> Iterator[None]:
     collects = gc.isenabled()
     gc.disable()
     try:
-        with torch.cuda.stream(torch.cuda.Stream()), warnings.catch_warnings():
+        with torch.cuda.stream(_stream(torch.cuda.current_device())), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "The CUDA Graph is empty")
             yield
     finally:

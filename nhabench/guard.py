@@ -20,6 +20,7 @@ from nhabench.timing import host_clock
 BLOCK = 64  # tokens
 VECTORS = 16
 PIECE = 2**22  # elements
+SPOILT_PART = 16  # one token of so many: far more than SAME, and little to write between two timed calls
 CYCLES_PER_S = 3e9  # no GPU's clock is faster: a sleep of so many cycles lasts a second at least
 LOOKS = 3  # the host may be held up while the device sleeps
 SAME, OTHER = 0.05, 0.2  # relative: two runs of a call differ by rounding at most, outputs of other inputs by much more
@@ -28,10 +29,13 @@ WROTE = "It wrote into its inputs."
 SPOILT = "Somebody wrote into the inputs while they were timed."
 UNCHECKED = "After it was timed it did not return what it had returned when it was checked."
 REMEMBERED = "Its output does not follow its inputs: with new values in the same tensors it returned the old output."
-AHEAD = "Its work was done before its turn: the output was there while the device still slept in front of the call."
-BEHIND = "Its work was not done in its turn: what was queued behind the call found no output yet."
-UNSEEN = "Whether its work is done in its turn was not seen: the call waits for the device."
+OUT_OF_TURN = "Its work is not done between what is queued before the call and what is queued behind it."
+AN_INPUT = "Its output is memory of its inputs, which an output overwrites."
 NO_TENSOR = "Its output is not a plain tensor, so the work may begin only when somebody reads it."
+
+# As they are now: a contender could put others in their place.
+_spin, _synchronize = torch.cuda._sleep, torch.cuda.synchronize
+_record, _query = torch.cuda.Event.record, torch.cuda.Event.query
 
 
 @dataclass(frozen=True)
@@ -79,42 +83,53 @@ def plain(o: object) -> TypeGuard[torch.Tensor]:
     return type(o) is torch.Tensor
 
 
+def shares_memory(o: torch.Tensor, inputs: Inputs) -> bool:
+    """Whether an output lies where one of the inputs does."""
+    return o.untyped_storage().data_ptr() in {x.untyped_storage().data_ptr() for x in inputs.tensors()}
+
+
 def refill(inputs: Inputs, seed: int) -> None:
     """Other values in the same tensors."""
     inputs.copy_(make_inputs(inputs.case, inputs.q.device, seed))
 
 
-def out_of_turn(call: Call, known: Marks) -> str:
-    """What is wrong with when a call's work is done on a GPU: AHEAD, BEHIND, UNSEEN, or "" for nothing.
+def spoil(o: torch.Tensor) -> None:
+    """Overwrite the first tokens of an output that was timed: none may be the next one's, who gets its memory."""
+    o[:, : -(-o.shape[1] // SPOILT_PART)].zero_()
 
-    known: marks of its output. The call is queued behind a long sleep. Until that ends there must be no output, seen
-    from another stream; whatever is queued behind the call must find it.
+
+def out_of_turn(call: Call, v: torch.Tensor, known: Marks) -> bool:
+    """Whether a call's work on a GPU is done at another time than between what was queued before and behind it.
+
+    v: the values that it reads; known: marks of its output. While the device sleeps in front of the call, v holds NaN:
+    work that is done ahead, by a stream that does not wait for the one of the call, shows NaN. So does what is queued
+    behind the call, if it does not wait for the work. Contenders that read a copy of v, made when they were bound, can
+    only be told to work too late.
     """
     begin = host_clock()
     o = call()
-    torch.cuda.synchronize()
+    _synchronize()
     seconds = host_clock() - begin
-    aside = torch.cuda.Stream()
-    for look in range(LOOKS):
-        o.fill_(torch.nan)  # the next call, after the same calls for memory, gets this memory
-        del o
-        torch.cuda._sleep(int((2.5 * seconds + 0.006 * 4**look) * CYCLES_PER_S))
-        awake = torch.cuda.Event()
-        awake.record()
-        begin = host_clock()
-        o = call()
-        behind = o.clone()
-        while host_clock() - begin < 1.25 * seconds + 0.001:
-            pass  # who works ahead is done by then
-        with torch.cuda.stream(aside):
-            early = o.clone()
-        aside.synchronize()
-        asleep = not awake.query()
-        torch.cuda.synchronize()
-        if asleep and known.distance(marks(early)) <= SAME:
-            return AHEAD
-        if not known.distance(marks(behind)) <= SAME:
-            return BEHIND
-        if asleep:
-            return ""
-    return UNSEEN
+    values = v.clone()
+    try:
+        for look in range(LOOKS):
+            o.fill_(torch.nan)  # the next call, which asks for memory as this one did, gets this memory
+            del o
+            v.fill_(torch.nan)
+            _synchronize()
+            _spin(int((2.5 * seconds + 0.006 * 4**look) * CYCLES_PER_S))
+            awake = torch.cuda.Event()
+            _record(awake)
+            v.copy_(values)
+            o = call()
+            behind = o.clone()
+            in_time = not _query(awake)
+            _synchronize()
+            if not known.distance(marks(behind)) <= SAME:
+                return True
+            behind.fill_(torch.nan)
+            if in_time:
+                break  # else the host was held up, or the call waits for the device; which, a longer sleep shows
+    finally:
+        v.copy_(values)
+    return False

@@ -135,21 +135,23 @@ def _check_nha(lab: Lab, entries: Sequence[Entry], inputs: Inputs, said: Callabl
             with kept(entry, inputs):
                 o, extra = first_output(entry.contender.bind(inputs), inputs.q)
             _memory(entry, inputs.case, extra)
-            _first_look(entry, o)
+            _first_look(entry, o, inputs)
             if entry.waiting:
                 _judge(entry, check_against(o, truth, name, judge.tolerance))
 
         attempt(lab, entry, check)
 
 
-def _first_look(entry: Entry, o: object) -> None:
+def _first_look(entry: Entry, o: object, inputs: Inputs) -> None:
     """Keep the marks of an output; what is none is not timed."""
     if not entry.waiting:
         return
-    if plain(o):
-        entry.marks = marks(o)
-    else:
+    if not plain(o):
         entry.end("incorrect", guard.NO_TENSOR)
+    elif guard.shares_memory(o, inputs):
+        entry.end("incorrect", guard.AN_INPUT)
+    else:
+        entry.marks = marks(o)
 
 
 def _memory(entry: Entry, case: Case, extra: int | None) -> None:
@@ -182,7 +184,7 @@ def _prepare(lab: Lab, case: Case, entry: Entry, inputs: Sequence[Inputs]) -> No
     if entry.contender.family != "nha":
         with kept(entry, inputs[0]):
             o, _ = first_output(entry.calls[0], inputs[0].q)
-        _first_look(entry, o)
+        _first_look(entry, o, inputs[0])
         if not entry.waiting:
             return
         if not o.isfinite().all():

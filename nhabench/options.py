@@ -6,6 +6,7 @@ import dataclasses
 import json
 import os
 import shlex
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -17,7 +18,7 @@ from rich.console import Console
 from nhabench.bench import EXIT_DISK, all_contenders
 from nhabench.contender import Contender
 from nhabench.environment import named_commit
-from nhabench.results import part_of, replace_file
+from nhabench.results import replace_file
 from nhabench.workloads import DTYPES, Workload, load_workloads, select
 
 WIDE = 200  # columns of output that is not a terminal's
@@ -28,6 +29,12 @@ WorkloadsFile = Annotated[
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N. A GPU where there is one, by default.")]
 Dtype = Annotated[
     str | None, typer.Option(help=f"{', '.join(DTYPES)}. bfloat16 on a GPU, float32 on a CPU, by default.")
+]
+SecondsPerCase = Annotated[
+    float,
+    typer.Option(
+        help="Time limit of timing at each B x T; as much again for the second timer of a GPU, and for warm calls."
+    ),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON document, and nothing else on stdout.")]
 JsonFile = Annotated[
@@ -149,8 +156,8 @@ def check_writable(path: Path | None) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
-        part_of(path).touch()
-        part_of(path).unlink()
+        with tempfile.NamedTemporaryFile(dir=path.parent):  # of a name of its own: another run may be writing
+            pass
     except OSError as error:
         raise typer.BadParameter(
             f"expected a file that can be written, got {path.name}: {error.strerror or error}", param_hint="--output"
@@ -160,12 +167,12 @@ def check_writable(path: Path | None) -> None:
 def tell(told: Mapping[str, Any], as_json: bool, output: Path | None, exit_code: int) -> int:
     """Print an outcome as JSON and write it to a file, where that was asked. Returns the exit code: the given one, or
     74 where the file could not be written after all."""
-    if as_json:
-        print(json.dumps(told, allow_nan=False))
-    if output is not None:
+    if output is not None:  # first: who reads the rest may be gone
         try:
             replace_file(output, json.dumps(told, allow_nan=False, indent=2) + "\n")
         except OSError as error:
             console(stderr=True).print(f"Could not write {output.name}: {error.strerror or error}.", soft_wrap=True)
-            return EXIT_DISK
+            exit_code = EXIT_DISK
+    if as_json:
+        print(json.dumps(told, allow_nan=False))
     return exit_code

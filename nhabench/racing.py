@@ -11,15 +11,18 @@ import torch
 
 from nhabench import guard
 from nhabench.check import poison
-from nhabench.errors import first_line
+from nhabench.errors import first_line, without_frames
 from nhabench.gpu import ClockSample, clock_fell
-from nhabench.graphs import capture
+from nhabench.graphs import capture, two_times
 from nhabench.guard import fingerprint, marks, out_of_turn, plain, refill
 from nhabench.inputs import Inputs
 from nhabench.lab import Entry, Lab, attempt, fail, kept
 from nhabench.results import HOST_TIME
-from nhabench.timing import Timing, Warm, agree, in_turns, race
+from nhabench.timing import SLOW_MS, Timing, Warm, agree, in_turns, race
 from nhabench.workloads import Case
+
+# Of timed calls, by their input set: marks of the output, None for what is no output, or what looking at it raised.
+Seen = dict[int, guard.Marks | Exception | None]
 
 
 def race_entries(
@@ -31,84 +34,120 @@ def race_entries(
     going on. Raises DeviceLost.
     """
     before: list[ClockSample | None] = []
+    seen: list[Seen] = [{} for _ in racing]
+
+    def after_turn(number: int, index: int, o: object, left: bool) -> None:
+        # The last turn, of which a contender does not know that it is, and one with other inputs than those checked.
+        if left or (index and not any(seen[number])):
+            seen[number][index] = _marked(o)
+        if plain(o):
+            guard.spoil(o)
+
     untouched = [fingerprint(one) for one in inputs]
-    if lab.device.type == "cuda":
-        said(f"capturing {len(racing)} implementations")
-        _capture_all(racing)
-    captured = {entry.contender.name: entry.graphs.replays for entry in racing if entry.graphs is not None}
     said(f"timing {len(racing)} implementations")
+    calls = [in_turns(entry.calls) for entry in racing]
     results = race(
-        [*(in_turns(entry.calls) for entry in racing), *map(in_turns, captured.values())],
+        calls,
         lab.timer,
-        sets=len(inputs),
-        seconds=lab.seconds,
+        len(inputs),
+        lab.seconds,
         started=lambda: before.append(lab.watch.clocks()),
+        after=after_turn,
     )
     after = lab.watch.clocks()
-    # From a race of their own: between two calls of a contender the others would cool its caches.
-    warm = race([in_turns(entry.calls) for entry in racing], Warm(lab.timer), 1, lab.seconds) if lab.warm else []
     if [fingerprint(one) for one in inputs] != untouched:
         _find_writers(lab, racing, inputs)
         left = [entry for entry in racing if entry.waiting]
         if left:
             race_entries(lab, case, left, inputs, said)
         return
-    again = dict(zip(captured, results[len(racing) :], strict=True))
-    warmed = dict(zip((entry.contender.name for entry in racing), warm, strict=False))
-    for entry, result in zip(racing, results, strict=False):
+    passed: list[tuple[Entry, Timing]] = []
+    try:
+        for number, (entry, result) in enumerate(zip(racing, results, strict=True)):
+            if isinstance(result, Exception):
+                fail(lab, entry, result)
+                continue
+            lab.last[entry.contender.name, case.workload, case.dtype] = (case, result.median_ms / 1e3)
+            said(f"checking {entry.contender.label} again")
+            attempt(lab, entry, partial(look_again, entry, inputs, seen[number]))
+            passed += [(entry, result)] if entry.waiting else []
+        if lab.device.type == "cuda":
+            _race_graphs(lab, passed, inputs, untouched, said)
+        if lab.warm:
+            said("timing warm calls")
+            _race_warm(lab, [entry for entry, _ in passed if entry.waiting])
+    finally:  # where the device is lost meanwhile, what was measured and passed is kept
+        for entry, timing in passed:
+            if entry.waiting:
+                _keep_times(lab, entry, timing, _clock_columns(before[0], after))
+
+
+def _marked(o: object) -> guard.Marks | Exception | None:
+    try:
+        return marks(o) if plain(o) else None
+    except Exception as error:  # of this contender, not of the race
+        return without_frames(error)
+
+
+def _race_graphs(
+    lab: Lab,
+    passed: Sequence[tuple[Entry, Timing]],
+    inputs: Sequence[Inputs],
+    untouched: Sequence[tuple[int, ...]],
+    said: Callable[[str], object],
+) -> None:
+    """Time the contenders by the second timer, one after the other: their graphs together would take much memory."""
+    for entry, timing in passed:
+        if entry.waiting and timing.median_ms < SLOW_MS:
+            said(f"timing {entry.contender.label} as a CUDA graph")
+            share_s = lab.seconds / len(passed)
+            attempt(lab, entry, partial(second_timer, lab, entry, inputs, untouched, share_s))
+
+
+def second_timer(
+    lab: Lab, entry: Entry, inputs: Sequence[Inputs], untouched: Sequence[tuple[int, ...]], seconds: float
+) -> None:
+    """Time a contender as a CUDA graph, in turns with its calls. Say where the two differ, or why it cannot be done."""
+    try:
+        graphs = capture(entry.calls)
+    except Exception as error:  # it has its time all the same
+        torch.cuda.synchronize()  # raises where the device is lost
+        entry.remarks.append(f"It cannot be captured in a CUDA graph: {first_line(error)}")
+        return
+    by_call, by_graph = two_times(entry.calls, graphs, lab.timer, seconds)
+    assert entry.marks is not None
+    graphs.o.fill_(torch.nan)
+    graphs.replays[0]()
+    right = entry.marks.distance(marks(graphs.o)) <= guard.SAME
+    if [fingerprint(one) for one in inputs] != untouched:
+        for seed, one in enumerate(inputs):
+            refill(one, seed)
+        entry.end("incorrect", guard.WROTE)
+    elif not right:
+        entry.remarks.append("As a CUDA graph it does not do its work.")
+    else:
+        ratio = by_graph.median_ms / by_call.median_ms
+        entry.changes.update(graph_ratio=ratio)
+        if not agree(by_call.median_ms, by_graph.median_ms):
+            entry.remarks.append(
+                f"The timers disagree: as a CUDA graph it takes {abs(ratio - 1):.1%} {'more' if ratio > 1 else 'less'}."
+            )
+
+
+def _race_warm(lab: Lab, entries: Sequence[Entry]) -> None:
+    results = race([in_turns(entry.calls) for entry in entries], Warm(lab.timer), 1, lab.seconds)
+    for entry, result in zip(entries, results, strict=True):
         if isinstance(result, Exception):
             fail(lab, entry, result)
-            continue
-        name = entry.contender.name
-        lab.last[name, case.workload, case.dtype] = (case, result.median_ms / 1e3)
-        said(f"checking {entry.contender.label} again")
-        attempt(lab, entry, partial(look_again, entry, inputs[0]))
-        attempt(lab, entry, partial(second_timer, entry, result, again.get(name)))
-        if entry.waiting:
-            _keep_times(lab, entry, result, warmed.get(name), _clock_columns(before[0], after))
+        else:
+            entry.changes.update(warm_ms=result.median_ms)
 
 
-def _capture_all(racing: Sequence[Entry]) -> None:
-    pool = torch.cuda.graph_pool_handle()
-    for entry in racing:
-        if entry.graphs is None:
-            try:
-                entry.graphs = capture(entry.calls, pool)
-            except Exception as error:  # it can be timed all the same
-                entry.remarks.append(f"It cannot be captured in a CUDA graph: {first_line(error)}.")
-                pool = torch.cuda.graph_pool_handle()  # torch may believe that the failed capture still goes on
-
-
-def second_timer(entry: Entry, timing: Timing, of_graph: Timing | Exception | None) -> None:
-    """Keep the time that the contender's graph took, if it did the work, and say where it is another one."""
-    if not entry.waiting or entry.graphs is None or of_graph is None:
-        return
-    if isinstance(of_graph, Exception):
-        entry.remarks.append(f"Its CUDA graph failed: {first_line(of_graph)}.")
-        return
-    assert entry.marks is not None
-    entry.graphs.o.fill_(torch.nan)
-    entry.graphs.replays[0]()
-    if not entry.marks.distance(marks(entry.graphs.o)) <= guard.SAME:
-        entry.remarks.append("Its CUDA graph does not do its work: it has no time.")
-        return
-    entry.changes.update(graph_ms=of_graph.median_ms)
-    if not agree(timing.median_ms, of_graph.median_ms):
-        more = of_graph.median_ms / timing.median_ms - 1
-        entry.remarks.append(
-            f"The timers disagree: as a CUDA graph it takes {abs(more):.1%} {'more' if more > 0 else 'less'}."
-        )
-
-
-def _keep_times(
-    lab: Lab, entry: Entry, timing: Timing, warm: Timing | Exception | None, clocks: Mapping[str, Any]
-) -> None:
+def _keep_times(lab: Lab, entry: Entry, timing: Timing, clocks: Mapping[str, Any]) -> None:
     columns = dataclasses.asdict(timing)
     del columns["late"], columns["left_out"], columns["all_ms"]
     entry.all_ms = timing.all_ms
     timer = lab.timer.name + (HOST_TIME if timing.includes_host else "")
-    if isinstance(warm, Timing):
-        columns["warm_ms"] = warm.median_ms
     entry.changes.update(columns, timer=timer, **clocks)
     entry.end("ok", " ".join(filter(None, (entry.contender.remark, _host_note(timing), *entry.remarks))))
 
@@ -130,32 +169,68 @@ def _find_writers(lab: Lab, racing: Sequence[Entry], inputs: Sequence[Inputs]) -
             entry.end("incorrect", guard.SPOILT)
 
 
-def look_again(entry: Entry, inputs: Inputs) -> None:
-    """No times for a contender that did not do, when it was timed, what it did when it was checked."""
+def look_again(entry: Entry, inputs: Sequence[Inputs], seen: Seen) -> None:
+    """No times for a contender that did not do, when it was timed, what it did when it was checked.
+
+    It was checked at the first input set. There its output must be what it was, and at the sets of timed calls that of
+    those calls; which must also be that of the first set with the values of the other in it.
+    """
     assert entry.marks is not None
-    with kept(entry, inputs):
-        poison(inputs.q)  # an output that is never written must not be the one that lay there
-        again = entry.calls[0]()
-        if inputs.q.device.type == "cuda":
-            torch.cuda.synchronize()  # who works on another stream is told so below, and not that it did not work
-    if not entry.waiting:
-        return
-    if not plain(again) or not entry.marks.distance(marks(again)) <= guard.SAME:
-        entry.end("incorrect", guard.UNCHECKED)
-    elif entry.contender.family == "nha":  # a baseline may have laid out its inputs anew before it was timed
-        refill(inputs, seed=-1)
-        poison(inputs.q)
-        distance = entry.marks.distance(marks(entry.calls[0]()))
-        refill(inputs, 0)
-        if not distance >= guard.OTHER:
+    now: dict[int, guard.Marks] = {}
+    for index, then in ((0, entry.marks), *seen.items()):
+        if isinstance(then, Exception):
+            raise then
+        found = now[index] if index in now else _look_now(entry, inputs[index], index)
+        if not entry.waiting:
+            return
+        if then is None or found is None or not then.distance(found) <= guard.SAME:
+            entry.end("incorrect", guard.UNCHECKED)
+            return
+        now[index] = found
+    for index in filter(None, now) if len(now) > 1 else (-1,):
+        other = _with_other_values(entry, inputs[0], seed=index)
+        if not entry.marks.distance(other) >= guard.OTHER:
             entry.end("incorrect", guard.REMEMBERED)
-    if entry.waiting and inputs.q.device.type == "cuda":
-        del again
-        told = out_of_turn(entry.calls[0], entry.marks)
-        if told == guard.UNSEEN:
-            entry.remarks.append(told)
-        elif told:
-            entry.end("incorrect", told)
+        elif index > 0 and not other.distance(now[index]) <= guard.SAME:
+            entry.end("incorrect", guard.UNCHECKED)
+    first = inputs[0]
+    if entry.waiting and first.q.device.type == "cuda" and out_of_turn(entry.calls[0], first.v, entry.marks):
+        entry.end("incorrect", guard.OUT_OF_TURN)
+
+
+def _look_now(entry: Entry, inputs: Inputs, index: int) -> guard.Marks | None:
+    """Marks of the output at an input set; None for what is no output. Ends who writes into inputs, returns what was
+    made before, or not the same twice."""
+    with kept(entry, inputs, index):
+        poison(inputs.q)  # an output that is never written must not be the one that lay there
+        o = entry.calls[index]()
+        _settle(inputs.q.device)
+    if not entry.waiting or not plain(o):
+        return None
+    found = marks(o)
+    o.fill_(torch.nan)
+    again = entry.calls[index]()
+    if not found.distance(marks(again)) <= guard.SAME:
+        entry.end("incorrect", guard.REMEMBERED if again.data_ptr() == o.data_ptr() else guard.UNCHECKED)
+    return found
+
+
+def _with_other_values(entry: Entry, inputs: Inputs, seed: int) -> guard.Marks:
+    """Marks of a contender's output at the first input set, with the values of another seed in it."""
+    try:
+        refill(inputs, seed)
+        # A baseline may lay out its inputs anew when it is bound.
+        call = entry.calls[0] if entry.contender.family == "nha" else entry.contender.bind(inputs)
+        poison(inputs.q)
+        return marks(call())
+    finally:
+        refill(inputs, 0)
+
+
+def _settle(device: torch.device) -> None:
+    """Wait for all streams of a GPU: who works on one of their own is told so, and not that it does not work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 def _host_note(timing: Timing) -> str:

@@ -127,7 +127,6 @@ def folder_of(path: Path) -> Path:
 def build_report(path: Path) -> Report:
     """Read one CSV, or those of a folder, and draw their plots. Raises as find_tables and read_figures."""
     tables, left_out = find_tables(path)
-    figures = read_figures(folder_of(path))
     taken: set[str] = set()
     sections = []
     for name, rows in tables.items():
@@ -136,6 +135,7 @@ def build_report(path: Path) -> Report:
             parts.setdefault((row.direction, row.device), []).append(row)
         sections += [_section(name, part, taken) for part in parts.values()]
     every = [row for rows in tables.values() for row in rows]
+    figures = read_figures(folder_of(path), {row.device for row in every})
     return Report(folder_of(path.resolve()).name, list(tables), left_out, every, sections, *provenance(tables), figures)
 
 

@@ -16,7 +16,7 @@ from nhabench.environment import Environment
 
 STATUSES = ("ok", "incorrect", "unsupported", "unavailable", "out of memory", "skipped", "failed")
 # Columns that an older file may lack: then they have their default.
-ADDED = {"rope", "state_bytes", "graph_ms", "warm_ms", "sequences"}
+ADDED = {"rope", "state_bytes", "graph_ratio", "warm_ms", "sequences"}
 HOST_TIME = " with host time"  # behind the timer's name, where the host may have kept the device waiting
 
 
@@ -26,10 +26,11 @@ class Row(Environment):
 
     sequences: how many are packed in the seq_len tokens, 0 where each row of the batch is one. Only a row with status
     'ok' has times; `note` says in a sentence what another status means, or what a reader should know. Times in
-    milliseconds, sizes in bytes, rates in TB/s and TFLOP/s. graph_ms is the median time of the call as a CUDA graph, by
-    a second timer, and warm_ms that of a call that found its inputs in the caches, where it was asked for. floor_* is
-    the least the operation must do (nhabench.floors); floor_fraction is floor_ms / median_ms. extra_peak_bytes is what
-    one call takes beyond its inputs, output included, and peak_bytes adds the inputs; state_bytes is what the operation
+    milliseconds, sizes in bytes, rates in TB/s and TFLOP/s. graph_ratio is the time of the call as a CUDA graph, in
+    units of its time by the first timer, both timed in turns. warm_ms is the median of a call right behind another one
+    with the same inputs, which lie in the caches as far as they fit; it is there where it was asked for. floor_* is the
+    least the operation must do (nhabench.floors); floor_fraction is floor_ms / median_ms. extra_peak_bytes is what one
+    call takes beyond its inputs, output included, and peak_bytes adds the inputs; state_bytes is what the operation
     must keep of the past for a next token. error and tolerance are relative to the float64 reference, worst_* those of
     the worst block of 64 tokens.
     """
@@ -56,7 +57,7 @@ class Row(Environment):
     high_ms: float | None = None
     min_ms: float | None = None
     p95_ms: float | None = None
-    graph_ms: float | None = None
+    graph_ratio: float | None = None
     warm_ms: float | None = None
     samples: int | None = None
     stop: str = ""

@@ -157,7 +157,7 @@ class Warm:
 
 def agree(one_ms: float, other_ms: float) -> bool:
     """Whether two timers' times of the same work are the same, or too short for them to be."""
-    return one_ms < LONG_MS or abs(other_ms / one_ms - 1) <= AGREE
+    return max(one_ms, other_ms) < LONG_MS or abs(other_ms / one_ms - 1) <= AGREE
 
 
 @lru_cache(maxsize=4096)
@@ -235,6 +235,7 @@ class _Runner:
     pilot_ms: float = 0.0
     stop: str = ""
     error: Exception | None = None
+    output: object = None  # of the last call
 
     @property
     def active(self) -> bool:
@@ -256,9 +257,14 @@ class _Runner:
 
     def run(self, inputs: int) -> Sample | None:
         """One call. What it raises, or what shows only when the device is waited for, ends this runner."""
+
+        def call() -> None:
+            self.output = self.call(inputs)
+
+        self.output = None  # a call finds as much memory as any other
         begin = self.clock()
         try:
-            return self.stopwatch(partial(self.call, inputs))
+            return self.stopwatch(call)
         except Exception as error:
             self.error = without_frames(error)
             return None
@@ -288,14 +294,16 @@ def race(
     seconds: float,
     clock: Callable[[], float] = time.perf_counter,
     started: Callable[[], object] = lambda: None,
+    after: Callable[[int, int, Any, bool], object] = lambda runner, inputs, output, left: None,
 ) -> list[Timing | Exception]:
     """Time the calls interleaved, A B C A B C ..., for about `seconds` in all.
 
     Every call gets the next of the rotated input sets, whoever makes it: none finds the inputs of its predecessor in a
     cache. A contender leaves the race when its median is precise, or when it has had its share of the time (but at
     least LEAST_SAMPLES turns, unless all of that takes longer than LONGEST_RACE_S): so slow ones do not use up the time
-    of the others. `started` is called once everything is warm. The result holds, for each call, its timing, or what it
-    raised.
+    of the others. `started` is called once everything is warm; `after` behind each turn that counts, with the number of
+    the call, that of its input set, its output, and whether it was its last turn. The result holds, for each call, its
+    timing, or what it raised.
     """
     runners = [_Runner(call, timer.stopwatch(), clock) for call in calls]
     inputs = itertools.cycle(range(sets))
@@ -305,10 +313,12 @@ def race(
             runner.pilot_ms = pilot.ms
             if runner.slow:
                 runner.keep(pilot)
+        runner.output = None
     for _ in range(WARM_ROUNDS):
         for runner in runners:
             if runner.active and not runner.slow:
                 runner.run(next(inputs))
+                runner.output = None
     started()
     begin, turn = clock(), 0
     share_s = seconds / max(1, len(runners))
@@ -316,13 +326,17 @@ def race(
         runner.spent_s = 0.0
     while any(runner.active for runner in runners):
         turn += 1
-        for runner in runners:
-            if runner.active:
-                runner.keep(runner.run(next(inputs)))
-        least = 1 if clock() - begin >= max(seconds, LONGEST_RACE_S) else LEAST_SAMPLES
-        for runner in runners:
+        for number, runner in enumerate(runners):
+            if not runner.active:
+                continue
+            its_inputs = next(inputs)
+            runner.keep(runner.run(its_inputs))
+            least = 1 if clock() - begin >= max(seconds, LONGEST_RACE_S) else LEAST_SAMPLES
             if runner.active and runner.taken >= least:
                 runner.stop = _stop(runner, runner.spent_s >= share_s, turn)
+            if runner.error is None:
+                after(number, its_inputs, runner.output, not runner.active)
+            runner.output = None
     return [runner.error or runner.timing() for runner in runners]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,12 +57,11 @@ def timers(told: Told) -> str:
     found = told["timers"]
     if not found:
         return ""
-    apart = {one["call"]: abs(one["graph_ms"] / one["events_ms"] - 1) for one in found}
-    worst = max(apart, key=apart.__getitem__)
-    return (
-        f"Events around a call and around its CUDA graph differ by {percent(apart[worst])} at most, of {len(found)} "
-        f"calls: {worst}."
-    )
+    apart = {one["call"]: abs(one["graph_ms"] / one["events_ms"] - 1) for one in found if one["graph_ms"] is not None}
+    worst = max(apart, key=apart.__getitem__, default="")
+    failed = "".join(f" Not timed: {one['call']} ({one['note']})." for one in found if one["graph_ms"] is None)
+    said = f"Of {len(apart)} calls, events around them and around their CUDA graphs differ by"
+    return f"{said} {percent(apart[worst])} at most ({worst}).{failed}" if apart else failed.strip()
 
 
 def selftest_sentences(told: Told) -> list[str]:
@@ -92,9 +91,11 @@ FILES: Mapping[str, Callable[[Told], list[str]]] = {
 }
 
 
-def read_figures(folder: Path) -> list[Figures]:
-    """What the files of a folder say, those that are there. Raises ValueError that names a file that is none of theirs;
-    OSError where one cannot be read."""
+def read_figures(folder: Path, devices: Collection[str]) -> list[Figures]:
+    """What the files of a folder, whose rows are of these devices, say, those that are there.
+
+    Raises ValueError that names a file that is none of theirs; OSError where one cannot be read.
+    """
     found = []
     for name, sentences in FILES.items():
         path = folder / name
@@ -102,7 +103,10 @@ def read_figures(folder: Path) -> list[Figures]:
             continue
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
-            found.append(Figures(name, bool(told["passed"]), sentences(told), _source(told["environment"])))
+            environment = told["environment"]
+            other = "" if environment["device"] in devices else f"Measured elsewhere, on {environment['device']}."
+            said = [*sentences(told), *filter(None, [other])]
+            found.append(Figures(name, bool(told["passed"]), said, _source(environment)))
         except (ValueError, LookupError, TypeError) as error:  # ValueError: no JSON, no UTF-8
             command = name.removesuffix(".json")
             problem = f"{type(error).__name__}: {error}"

@@ -26,6 +26,7 @@ from nhabench.options import (
     Dtype,
     Flags,
     JsonFile,
+    SecondsPerCase,
     WorkloadsFile,
     at_least,
     changed,
@@ -247,7 +248,8 @@ def _show_selftest(
         cheats.add_row(planting.name, "yes" if planting.caught else "NO", Text(planting.told))
     twice = Table("call", "events, ms", "CUDA graph, ms", "agree", title="Two timers")
     for both in timers:
-        twice.add_row(both.call, f"{both.events_ms:.4f}", f"{both.graph_ms:.4f}", "yes" if both.agree else "NO")
+        times = ("-" if ms is None else f"{ms:.4f}" for ms in (both.events_ms, both.graph_ms))
+        twice.add_row(both.call, *times, "yes" if both.agree else f"NO {both.note}".strip())
     console().print(table, cheats, *([twice] if timers else []), "passed" if good else "failed")
 
 
@@ -269,7 +271,7 @@ def repeat(
     ] = None,
     device: Device = None,
     dtype: Dtype = None,
-    seconds_per_case: Annotated[float, typer.Option(help="Time limit of timing at each B x T.")] = 2.0,
+    seconds_per_case: SecondsPerCase = 2.0,
     output: JsonFile = None,
     as_json: AsJson = False,
 ) -> None:

@@ -24,8 +24,9 @@ from nhabench.workloads import Case, torch_dtype
 CLOCK = Clock()
 # Beside a benchmark's times in pytest-benchmark's JSON: what they are worth, and where they come from.
 SHOWN = (
-    "implementation", "slots", "window", "timer", "cache", "stop", "note", "low_ms", "high_ms", "floor_ms",
-    "floor_fraction", "error", "tolerance", "device", "git_sha", "git_dirty", "torch", "triton", "driver",
+    "implementation", "slots", "window", "sequences", "timer", "cache", "stop", "note", "low_ms", "high_ms",
+    "graph_ratio", "floor_ms", "floor_fraction", "error", "tolerance", "device", "git_sha", "git_dirty", "torch",
+    "triton", "driver",
 )  # fmt: skip
 RESULTS = pytest.StashKey[dict[str, tuple[Suite, ResultFile]]]()
 
@@ -34,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group = parser.getgroup("nhabench", "what is measured")
     group.addoption("--device", help="cpu, cuda or cuda:N. A GPU where there is one, by default.")
     group.addoption("--dtype", help="bfloat16 on a GPU, float32 on a CPU, by default.")
-    group.addoption("--seconds-per-case", type=float, default=2.0, help="Time limit of timing at each B x T.")
+    group.addoption("--seconds-per-case", type=float, default=2.0, help="As of nhabench bench.")
     group.addoption("--results", type=Path, help="Folder that gets <suite>.csv, and its plots in <suite>/.")
 
 

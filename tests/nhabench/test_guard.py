@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable
 from typing import Any
@@ -9,15 +10,16 @@ from typing import Any
 import pytest
 import torch
 
-from nhabench import reference
+from nhabench import inputs as inputs_of
+from nhabench import racing, reference
 from nhabench.baselines import masked_softmax
 from nhabench.bench import make_lab
-from nhabench.cheats import CHEATS, CUDA_CHEATS, Cheat, plant, slows_the_clock, writes
+from nhabench.cheats import CHEATS, CUDA_CHEATS, Cheat, knows_one_set, plant, slows_the_clock, writes
 from nhabench.contender import Contender
 from nhabench.environment import read_environment
 from nhabench.floors import Ceilings
 from nhabench.gpu import GpuWatch
-from nhabench.guard import SPOILT, UNCHECKED, UNSEEN, WROTE, fingerprint, marks, out_of_turn, refill
+from nhabench.guard import AN_INPUT, REMEMBERED, SPOILT, UNCHECKED, WROTE, fingerprint, marks, out_of_turn, refill
 from nhabench.implementations import attend
 from nhabench.inputs import Inputs, make_inputs
 from nhabench.lab import Lab
@@ -120,6 +122,48 @@ def test_who_writes_unseen_costs_all_their_times(measure: Measure, contenders: A
     assert {row.note for row in rows.values()} == {SPOILT}
 
 
+def test_who_knows_one_set_of_inputs_is_caught_where_there_are_more(
+    measure: Measure, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(inputs_of, "set_count", lambda case, l2_bytes: 4)
+    rows = measure(contenders.nha("cheat", knows_one_set(right)), contenders.nha("honest"))
+    assert (rows["cheat"].status, rows["cheat"].note) == ("incorrect", UNCHECKED)
+    assert rows["honest"].status == "ok"
+    assert rows["honest"].input_sets == 4
+
+
+def test_a_baseline_that_works_while_it_is_bound_is_caught(measure: Measure, contenders: Any) -> None:
+    def early(inputs: Inputs) -> Callable[[], torch.Tensor]:
+        o = inputs.q * 2
+        return lambda: o
+
+    cheat = dataclasses.replace(contenders.full("cheat", right), bind=early)
+    rows = measure(cheat, contenders.full("honest", lambda inputs: inputs.q * 2))
+    assert (rows["cheat"].status, rows["cheat"].note) == ("incorrect", REMEMBERED)
+    assert rows["honest"].status == "ok"
+
+
+def test_an_output_that_is_an_input_is_none(measure: Measure, contenders: Any) -> None:
+    rows = measure(contenders.full("cheat", lambda inputs: inputs.q[:, :]), contenders.nha("honest"))
+    assert (rows["cheat"].status, rows["cheat"].note) == ("incorrect", AN_INPUT)
+    assert rows["honest"].status == "ok"
+
+
+def test_an_error_while_looking_again_costs_the_others_nothing(
+    measure: Measure, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, fails = racing.refill, iter([True])
+
+    def refill(inputs: Inputs, seed: int) -> None:
+        real(inputs, seed)
+        if next(fails, False):
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(racing, "refill", refill)
+    rows = measure(contenders.nha("unlucky"), contenders.nha("honest"))
+    assert (rows["unlucky"].status, rows["honest"].status) == ("out of memory", "ok")
+
+
 def test_a_baseline_that_idles_is_caught_too(measure: Measure, contenders: Any) -> None:
     calls = iter(range(10**6))
 
@@ -179,7 +223,7 @@ def test_honest_work_on_a_gpu_is_in_turn() -> None:
         return attend(inputs, "triton")
 
     known = marks(attend(inputs, "triton"))
-    for _ in range(20):
-        assert out_of_turn(lambda: attend(inputs, "triton"), known) == ""
-        assert out_of_turn(forked_and_joined, known) == ""
-    assert out_of_turn(waits, known) == UNSEEN
+    for call in (lambda: attend(inputs, "triton"), forked_and_joined, waits):
+        for _ in range(10):
+            assert not out_of_turn(call, inputs.v, known)
+    assert fingerprint(inputs) == fingerprint(make_inputs(case, inputs.q.device))

@@ -27,9 +27,14 @@ def test_selftest_in_sentences(figures: Figures) -> None:
 def test_two_timers_in_a_sentence(figures: Figures) -> None:
     told = figures["selftest.json"]
     pairs = (("a copy", 1.0, 0.998), ("NHA", 0.1, 0.1011))
-    told["timers"] = [{"call": name, "events_ms": one, "graph_ms": two, "agree": False} for name, one, two in pairs]
-    sentence = "Events around a call and around its CUDA graph differ by 1.1 % at most, of 2 calls: NHA."
+    told["timers"] = [{"call": name, "events_ms": one, "graph_ms": two, "note": ""} for name, one, two in pairs]
+    sentence = "Of 2 calls, events around them and around their CUDA graphs differ by 1.1 % at most (NHA)."
     assert selftest_sentences(told)[3:] == [sentence]
+    failed = {"call": "cuDNN", "events_ms": None, "graph_ms": None, "note": "refused"}
+    told["timers"].append(failed)
+    assert selftest_sentences(told)[3:] == [f"{sentence} Not timed: cuDNN (refused)."]
+    told["timers"] = [failed]
+    assert selftest_sentences(told)[3:] == ["Not timed: cuDNN (refused)."]
 
 
 def test_repeat_in_sentences(figures: Figures) -> None:
@@ -46,12 +51,15 @@ def test_repeat_in_sentences(figures: Figures) -> None:
 
 
 def test_the_source_of_figures_is_that_of_their_file(figures: Figures, tmp_path: Path) -> None:
-    assert read_figures(tmp_path) == []
+    assert read_figures(tmp_path, []) == []
     told = figures["selftest.json"]
     told["environment"] |= {"git_sha": "abc", "git_dirty": True, "date": "2026-01-02", "device": "A GPU", "driver": "5"}
     told["environment"] |= {"torch": "2.13.0", "triton": "3.7.1"}
     (tmp_path / "selftest.json").write_text(json.dumps(told))
-    (one,) = read_figures(tmp_path)
+    (elsewhere,) = read_figures(tmp_path, ["Another GPU"])
+    assert elsewhere.sentences[-1] == "Measured elsewhere, on A GPU."
+    (one,) = read_figures(tmp_path, ["A GPU"])
+    assert one.sentences == elsewhere.sentences[:-1]
     assert (one.file, one.passed) == ("selftest.json", True)
     assert one.source == (
         "python -m nhabench selftest: 2026-01-02, A GPU, torch 2.13.0, triton 3.7.1, driver 5, commit abc (changed)"
