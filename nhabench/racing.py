@@ -187,14 +187,16 @@ def look_again(entry: Entry, inputs: Sequence[Inputs], seen: Seen) -> None:
             entry.end("incorrect", guard.UNCHECKED)
             return
         now[index] = found
+    first = inputs[0]
     for index in filter(None, now) if len(now) > 1 else (-1,):
-        other = _with_other_values(entry, inputs[0], seed=index)
+        other = _with_other_values(entry, first, seed=index)
         if not entry.marks.distance(other) >= guard.OTHER:
             entry.end("incorrect", guard.REMEMBERED)
-        elif index > 0 and not other.distance(now[index]) <= guard.SAME:
+            return
+        if index > 0 and not other.distance(now[index]) <= guard.SAME:
             entry.end("incorrect", guard.UNCHECKED)
-    first = inputs[0]
-    if entry.waiting and first.q.device.type == "cuda" and out_of_turn(entry.calls[0], first.v, entry.marks):
+            return
+    if first.q.device.type == "cuda" and out_of_turn(entry.calls[0], first.v, entry.marks):
         entry.end("incorrect", guard.OUT_OF_TURN)
 
 
