@@ -24,8 +24,8 @@ Run = Callable[[Inputs], torch.Tensor]
 
 @dataclass(frozen=True)
 class Cheat:
-    """One way to cheat: `make` gives a fresh one, around the honest work. `note`: what its row should say; "" where it
-    cannot be told from honest work, but must not help either."""
+    """One way to cheat: `make` gives a fresh one, around the honest work. `note`: what its row should say, if nothing
+    else shows first; "" where it cannot be told from honest work, but must not help either."""
 
     name: str
     make: Callable[[Run], Run]
@@ -207,7 +207,7 @@ def plant(lab: Lab, case: Case, backend: str) -> list[Planted]:
         finally:
             time.perf_counter, torch.cuda.Event.elapsed_time = clock, elapsed_time  # type: ignore[method-assign]
         if cheat.note:
-            caught, told = (row.status, row.note) == ("incorrect", cheat.note), row.note or row.status
+            caught, told = row.status == "incorrect", row.note or row.status
         else:
             ratio = (row.median_ms or 0.0) / (honest.median_ms or 1.0)
             caught, told = ratio > USELESS, f"{ratio:.2f} of the honest time"

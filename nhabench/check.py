@@ -72,8 +72,9 @@ def check_baseline(contender: Contender, inputs: Inputs) -> Verdict | None:
     """
     if contender.exact is None:
         return None
-    truth = each_apart(inputs.to(torch.float64), contender.exact)
-    tolerance = allowed(distance(each_apart(inputs, contender.exact), truth), _sums(inputs))
+    exact = contender.exact
+    truth, same_dtype = (each_apart(some, lambda one: [exact(one)]) for some in (inputs.to(torch.float64), inputs))
+    tolerance = allowed(distance(same_dtype, truth), _sums(inputs))
     o, _ = first_output(contender.bind(inputs), inputs.q)
     packed = f" ({inputs.case.sequences} packed sequences)" if inputs.case.sequences else ""
     return check_against(o, truth, f"its definition in float64 at T={inputs.case.seq_len}{packed}", tolerance)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -11,8 +12,9 @@ from functools import cache
 
 import torch
 
+from nhabench.compare import Ratio, take_turns
 from nhabench.contender import Call
-from nhabench.timing import Timer, Timing, in_turns, race
+from nhabench.timing import WARM_ROUNDS, Timer
 
 
 @dataclass(frozen=True)
@@ -23,15 +25,16 @@ class Graphs:
     o: torch.Tensor
 
 
-def two_times(calls: Sequence[Call], graphs: Graphs, timer: Timer, seconds: float) -> tuple[Timing, Timing]:
-    """What the calls take, and what their graphs take, timed in turns. Raises what one of them raised."""
-    both = [in_turns(calls), in_turns(graphs.replays)]
-    timings = []
-    for result in race(both, timer, len(calls), seconds):
-        if isinstance(result, Exception):
-            raise result
-        timings.append(result)
-    return timings[0], timings[1]
+def graph_ratio(calls: Sequence[Call], graphs: Graphs, timer: Timer, seconds: float) -> Ratio:
+    """The time of the graphs in units of that of the calls, timed in turns for `seconds` at most; all run before."""
+
+    def side(some: Sequence[Callable[[], object]]) -> Callable[[], float]:
+        stopwatch, rotated = timer.stopwatch(), itertools.cycle(some)
+        for _ in range(WARM_ROUNDS):
+            stopwatch(next(rotated))
+        return lambda: stopwatch(next(rotated)).ms
+
+    return take_turns(side(calls), side(graphs.replays), seconds)
 
 
 def capture(calls: Sequence[Call]) -> Graphs:

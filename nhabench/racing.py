@@ -13,7 +13,7 @@ from nhabench import guard
 from nhabench.check import poison
 from nhabench.errors import first_line, without_frames
 from nhabench.gpu import ClockSample, clock_fell
-from nhabench.graphs import capture, two_times
+from nhabench.graphs import capture, graph_ratio
 from nhabench.guard import fingerprint, marks, out_of_turn, plain, refill
 from nhabench.inputs import Inputs
 from nhabench.lab import Entry, Lab, attempt, fail, kept
@@ -101,20 +101,21 @@ def _race_graphs(
         if entry.waiting and timing.median_ms < SLOW_MS:
             said(f"timing {entry.contender.label} as a CUDA graph")
             share_s = lab.seconds / len(passed)
-            attempt(lab, entry, partial(second_timer, lab, entry, inputs, untouched, share_s))
+            attempt(lab, entry, partial(second_timer, lab, entry, inputs, untouched, timing.median_ms, share_s))
 
 
 def second_timer(
-    lab: Lab, entry: Entry, inputs: Sequence[Inputs], untouched: Sequence[tuple[int, ...]], seconds: float
+    lab: Lab, entry: Entry, inputs: Sequence[Inputs], untouched: Sequence[tuple[int, ...]], ms: float, seconds: float
 ) -> None:
-    """Time a contender as a CUDA graph, in turns with its calls. Say where the two differ, or why it cannot be done."""
+    """Time a contender, whose calls take `ms`, as a CUDA graph, in turns with its calls; for `seconds` at most. Say
+    where the two differ, or why it cannot be done."""
     try:
         graphs = capture(entry.calls)
     except Exception as error:  # it has its time all the same
         torch.cuda.synchronize()  # raises where the device is lost
         entry.remarks.append(f"It cannot be captured in a CUDA graph: {first_line(error)}")
         return
-    by_call, by_graph = two_times(entry.calls, graphs, lab.timer, seconds)
+    ratio = graph_ratio(entry.calls, graphs, lab.timer, seconds)
     assert entry.marks is not None
     graphs.o.fill_(torch.nan)
     graphs.replays[0]()
@@ -126,12 +127,10 @@ def second_timer(
     elif not right:
         entry.remarks.append("As a CUDA graph it does not do its work.")
     else:
-        ratio = by_graph.median_ms / by_call.median_ms
-        entry.changes.update(graph_ratio=ratio)
-        if not agree(by_call.median_ms, by_graph.median_ms):
-            entry.remarks.append(
-                f"The timers disagree: as a CUDA graph it takes {abs(ratio - 1):.1%} {'more' if ratio > 1 else 'less'}."
-            )
+        entry.changes.update(graph_ratio=ratio.median)
+        if not agree(ms, ratio.median):
+            told = f"{ratio.median - 1:+.1%} as a CUDA graph ({ratio.low - 1:+.1%} to {ratio.high - 1:+.1%})"
+            entry.remarks.append(f"The timers disagree: {told}.")
 
 
 def _race_warm(lab: Lab, entries: Sequence[Entry]) -> None:

@@ -7,16 +7,18 @@ one wrong row cannot hide in. What is allowed is derived, never guessed: twice t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 
+from nha_kernels import native_hybrid_attention
 from nhabench.implementations import NAIVE_LENGTH, attend
-from nhabench.inputs import Inputs, make_inputs
+from nhabench.inputs import LARGE_REFERENCE, Inputs, make_inputs
 from nhabench.workloads import Case, Workload
 
 BLOCK = 64  # tokens
+PIECE = 2**17  # tokens
 SMALL_LENGTH = 320  # where naive judges: past the window, and so long that chunked's scan has more than one level
 
 
@@ -37,7 +39,8 @@ def distance(o: torch.Tensor, reference: torch.Tensor) -> Distance:
     if o.shape != reference.shape:
         raise ValueError(f"o: expected shape {tuple(reference.shape)}, got {tuple(o.shape)}")
     wrong, norm = [], []
-    for part, truth in zip(o.split(BLOCK, dim=1), reference.split(BLOCK, dim=1), strict=True):
+    for part, block in zip(o.split(BLOCK, dim=1), reference.split(BLOCK, dim=1), strict=True):
+        truth = block.to(part.device)  # a large one lies in host memory
         wrong.append((part.double() - truth).square().sum(dim=(1, 2, 3)))
         norm.append(truth.square().sum(dim=(1, 2, 3)))
     wrong_sq, norm_sq = torch.stack(wrong), torch.stack(norm)  # [blocks, B]
@@ -65,13 +68,31 @@ def small_inputs(workload: Workload, dtype: str, device: torch.device, sequences
     return make_inputs(Case(workload, 1, length, dtype, sequences), device, seed=7)
 
 
-def each_apart(inputs: Inputs, run: Callable[[Inputs], torch.Tensor]) -> torch.Tensor:
-    """o [B,T,HQ,D] in float64, of every sequence by itself: what is not there cannot cross a boundary. One at a time
-    bounds the float64 intermediates, too."""
-    o = torch.empty(inputs.q.shape, dtype=torch.float64, device=inputs.q.device)
+def each_apart(inputs: Inputs, run: Callable[[Inputs], Iterable[torch.Tensor]]) -> torch.Tensor:
+    """o [B,T,HQ,D] in float64, of every sequence by itself: what is not there cannot cross a boundary.
+
+    run: the pieces of a sequence's output, in their order; one at a time bounds the float64 intermediates. In host
+    memory, if it takes much.
+    """
+    large = inputs.case.reference_bytes > LARGE_REFERENCE
+    o = torch.empty(inputs.q.shape, dtype=torch.float64, device="cpu" if large else inputs.q.device)
     for part, one in zip(inputs.parts(o), inputs.apart(), strict=True):
-        part.copy_(run(one))
+        start = 0
+        for piece in run(one):
+            part[:, start : start + piece.shape[1]] = piece
+            start += piece.shape[1]
     return o
+
+
+def in_pieces(inputs: Inputs, backend: str, size: int) -> Iterator[torch.Tensor]:
+    """o of one sequence in float64, `size` tokens at a time; what each piece leaves behind is where the next begins."""
+    state = None
+    for q, k, v, g in zip(*(x.split(size, dim=1) for x in (inputs.q, inputs.k, inputs.v, inputs.g)), strict=True):
+        o, state = native_hybrid_attention(
+            q.double(), k.double(), v.double(), g.double(), inputs.case.workload.window, rope=inputs.rope,
+            initial_state=state, output_final_state=True, backend=backend,
+        )  # fmt: skip
+        yield o
 
 
 class Judge:
@@ -90,10 +111,10 @@ class Judge:
     def reference(self, inputs: Inputs) -> tuple[torch.Tensor, str]:
         """(o in float64, the name of what computed it). Raises ArithmeticError when chunked cannot be trusted."""
         if inputs.case.tokens <= NAIVE_LENGTH:
-            return each_apart(inputs, lambda one: attend(one.to(torch.float64), "naive")), "naive float64"
+            return each_apart(inputs, lambda one: in_pieces(one, "naive", PIECE)), "naive float64"
         if not self.chunked_is_exact:
             raise ArithmeticError(
                 f"chunked in float64 is {self.chunked_error:.1e} away from naive in float64 at a small size, "
                 "so it cannot be the reference"
             )
-        return each_apart(inputs, lambda one: attend(one.to(torch.float64), "chunked")), "chunked float64"
+        return each_apart(inputs, lambda one: in_pieces(one, "chunked", PIECE)), "chunked float64"

@@ -2,31 +2,37 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from statistics import median
 
 import torch
 
 from nhabench.ceilings import open_device
 from nhabench.contender import Call, Contender
 from nhabench.errors import first_line
-from nhabench.graphs import capture, two_times
+from nhabench.graphs import capture, graph_ratio
 from nhabench.inputs import Inputs, input_sets
 from nhabench.timing import Timer, agree
 from nhabench.workloads import Case
 
 LENGTHS_MS = (0.06, 0.25, 1.0)  # about, of calls that do nothing but read and write
-PROBE, PROBES = 2**26, 20  # elements, samples
+PROBE = 2**26  # elements
+SAMPLES = 20
 
 
 @dataclass(frozen=True)
 class TwoTimes:
-    """The median time of a call by both timers, in ms, and whether they are the same. note: why there are none."""
+    """A call's median time by events, in ms, and that of its CUDA graph in units of it, with its interval; and whether
+    they are the same. note: why there are none."""
 
     call: str
     events_ms: float | None
-    graph_ms: float | None
+    ratio: float | None
+    low: float | None
+    high: float | None
     agree: bool
     note: str = ""
 
@@ -44,7 +50,7 @@ def compare_timers(contenders: Sequence[Contender], case: Case, device: torch.de
     able = [one for one in contenders if not (one.missing(device) or one.cannot(case, device))]
     found = [_both(one.label, partial(_bind, one, inputs), timer, seconds) for one in able]
     stopwatch, copy = timer.stopwatch(), _copy(PROBE, device)
-    probe_ms = min(stopwatch(copy).ms for _ in range(PROBES))
+    probe_ms = min(stopwatch(copy).ms for _ in range(SAMPLES))
     for wanted in LENGTHS_MS:
         elements = int(PROBE * wanted / probe_ms)
         found.append(_both(f"a copy of about {wanted:g} ms", partial(_copies, elements, device), timer, seconds))
@@ -54,11 +60,12 @@ def compare_timers(contenders: Sequence[Contender], case: Case, device: torch.de
 def _both(name: str, make: Callable[[], list[Call]], timer: Timer, seconds: float) -> TwoTimes:
     try:
         calls = make()
-        by_call, by_graph = two_times(calls, capture(calls), timer, seconds)
+        ratio = graph_ratio(calls, capture(calls), timer, seconds)
+        stopwatch, rotated = timer.stopwatch(), itertools.cycle(calls)
+        ms = median([stopwatch(next(rotated)).ms for _ in range(SAMPLES)])
     except Exception as error:  # told beside what the others say
-        return TwoTimes(name, None, None, False, first_line(error))
-    same = agree(by_call.median_ms, by_graph.median_ms)
-    return TwoTimes(name, by_call.median_ms, by_graph.median_ms, same)
+        return TwoTimes(name, None, None, None, None, False, first_line(error))
+    return TwoTimes(name, ms, ratio.median, ratio.low, ratio.high, agree(ms, ratio.median))
 
 
 def _bind(contender: Contender, inputs: Sequence[Inputs]) -> list[Call]:

@@ -155,9 +155,9 @@ class Warm:
         return time
 
 
-def agree(one_ms: float, other_ms: float) -> bool:
-    """Whether two timers' times of the same work are the same, or too short for them to be."""
-    return max(one_ms, other_ms) < LONG_MS or abs(other_ms / one_ms - 1) <= AGREE
+def agree(ms: float, ratio: float) -> bool:
+    """Whether two timers' times, ms and ms * ratio, are the same, or both too short for them to be."""
+    return ms * max(1.0, ratio) < LONG_MS or abs(ratio - 1) <= AGREE
 
 
 @lru_cache(maxsize=4096)

@@ -57,9 +57,9 @@ def timers(told: Told) -> str:
     found = told["timers"]
     if not found:
         return ""
-    apart = {one["call"]: abs(one["graph_ms"] / one["events_ms"] - 1) for one in found if one["graph_ms"] is not None}
+    apart = {one["call"]: abs(one["ratio"] - 1) for one in found if one["ratio"] is not None}
     worst = max(apart, key=apart.__getitem__, default="")
-    failed = "".join(f" Not timed: {one['call']} ({one['note']})." for one in found if one["graph_ms"] is None)
+    failed = "".join(f" Not timed: {one['call']} ({one['note']})." for one in found if one["ratio"] is None)
     said = f"Of {len(apart)} calls, events around them and around their CUDA graphs differ by"
     return f"{said} {percent(apart[worst])} at most ({worst}).{failed}" if apart else failed.strip()
 

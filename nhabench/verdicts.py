@@ -246,9 +246,9 @@ def _show_selftest(
     cheats = Table("planted cheat", "caught", "what was said", title="Cheats")
     for planting in planted:
         cheats.add_row(planting.name, "yes" if planting.caught else "NO", Text(planting.told))
-    twice = Table("call", "events, ms", "CUDA graph, ms", "agree", title="Two timers")
+    twice = Table("call", "events, ms", "CUDA graph / call", "low", "high", "agree", title="Two timers")
     for both in timers:
-        times = ("-" if ms is None else f"{ms:.4f}" for ms in (both.events_ms, both.graph_ms))
+        times = ("-" if ms is None else f"{ms:.4f}" for ms in (both.events_ms, both.ratio, both.low, both.high))
         twice.add_row(both.call, *times, "yes" if both.agree else f"NO {both.note}".strip())
     console().print(table, cheats, *([twice] if timers else []), "passed" if good else "failed")
 

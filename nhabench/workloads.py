@@ -146,6 +146,11 @@ class Case:
         """Bytes of o [B,T,HQ,D]."""
         return self.tokens * self.workload.q_heads * self.workload.head_dim * self.torch_dtype.itemsize
 
+    @property
+    def reference_bytes(self) -> int:
+        """Bytes of o in float64."""
+        return self.output_bytes // self.torch_dtype.itemsize * 8
+
     def __str__(self) -> str:
         shape = f"{self.sequences} packed in {self.seq_len}" if self.sequences else f"{self.batch} x {self.seq_len}"
         return f"{self.workload.name} {shape} {self.dtype}"

@@ -70,6 +70,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "device_time" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.benchmark(timer=CLOCK))
+            # What another package warns of is no failure of it here, as it is none in a bench.
+            item.add_marker(pytest.mark.filterwarnings("default"))
             # Of those that fail or are skipped.
             item.add_marker(pytest.mark.filterwarnings("ignore:Benchmark fixture was not used at all"))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,7 +11,8 @@ import torch
 
 from nhabench import racing
 from nhabench.bench import make_lab
-from nhabench.graphs import Graphs, capture
+from nhabench.compare import Ratio
+from nhabench.graphs import Graphs, capture, graph_ratio
 from nhabench.guard import WROTE, fingerprint, marks
 from nhabench.implementations import attend
 from nhabench.inputs import Inputs, make_inputs
@@ -18,7 +20,7 @@ from nhabench.lab import Entry
 from nhabench.measure import measure_case
 from nhabench.racing import second_timer
 from nhabench.timers import compare_timers
-from nhabench.timing import LONG_MS, WallClock, agree, summarise
+from nhabench.timing import LONG_MS, WARM_ROUNDS, Sample, Stopwatch, WallClock, agree
 from nhabench.workloads import Workload
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -27,21 +29,36 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="a CUDA gr
 
 
 @pytest.mark.parametrize(
-    ("one_ms", "other_ms", "same"),
-    [
-        (1.0, 1.0098, True),
-        (1.0, 1.0102, False),
-        (1.0, 0.9898, False),
-        (0.05, 0.051, False),
-        (0.04, 0.049, True),
-        (0.04, 4.0, False),
-    ],
-)
-def test_timers_agree_within_a_hundredth_where_calls_are_long_enough(
-    one_ms: float, other_ms: float, same: bool
-) -> None:
-    assert agree(one_ms, other_ms) is same
+    ("ms", "ratio", "same"),
+    [(1.0, 1.0098, True), (1.0, 1.0102, False), (1.0, 0.9898, False), (0.05, 1.02, False), (0.04, 1.2, True),
+     (0.04, 100.0, False)],
+)  # fmt: skip
+def test_timers_agree_within_a_hundredth_where_calls_are_long_enough(ms: float, ratio: float, same: bool) -> None:
+    assert agree(ms, ratio) is same
     assert LONG_MS == 0.05
+
+
+def test_the_ratio_is_of_calls_and_graphs_in_turns() -> None:
+    order: list[str] = []
+
+    class Machine:
+        name = "fake"
+
+        def stopwatch(self) -> Stopwatch:
+            def time(call: Callable[[], object]) -> Sample:
+                call()
+                return Sample(1.9 if order[-1].startswith("graph") else 2.0)
+
+            return time
+
+    def named(name: str) -> Any:
+        return lambda: order.append(name)
+
+    graphs = Graphs([named("graph 0"), named("graph 1")], torch.empty(0))
+    ratio = graph_ratio([named("call 0"), named("call 1")], graphs, Machine(), 0.0)
+    assert (ratio.median, ratio.low, ratio.high) == pytest.approx((0.95, 0.95, 0.95))
+    turns = order[2 * WARM_ROUNDS :]
+    assert turns[:8] == ["call 0", "graph 0", "graph 1", "call 1", "call 0", "graph 0", "graph 1", "call 1"]
 
 
 class Second:
@@ -56,10 +73,10 @@ class Second:
         self.entry = Entry(contenders.nha("a"), marks=marks(o))
         monkeypatch.setattr(racing, "capture", lambda calls: self.graphs)
 
-    def __call__(self, graph_ms: float) -> Entry:
-        self.patch.setattr(racing, "two_times", lambda *_: (summarise([2.0] * 6), summarise([graph_ms] * 6)))
+    def __call__(self, ratio: float) -> Entry:
+        self.patch.setattr(racing, "graph_ratio", lambda *_: Ratio(ratio, ratio - 0.002, ratio + 0.003, 20))
         lab = SimpleNamespace(timer=WallClock())
-        second_timer(lab, self.entry, self.inputs, [fingerprint(one) for one in self.inputs], 0.1)  # type: ignore[arg-type]
+        second_timer(lab, self.entry, self.inputs, [fingerprint(one) for one in self.inputs], 2.0, 0.1)  # type: ignore[arg-type]
         return self.entry
 
 
@@ -69,21 +86,23 @@ def second(monkeypatch: pytest.MonkeyPatch, contenders: Any, tiny: Workload) -> 
 
 
 def test_a_graph_that_does_the_work_has_its_ratio(second: Second) -> None:
-    entry = second(2.01)
-    assert (entry.status, entry.remarks) == ("", [])
-    assert entry.changes == {"graph_ratio": pytest.approx(1.005)}
+    entry = second(1.005)
+    assert (entry.status, entry.remarks, entry.changes) == ("", [], {"graph_ratio": 1.005})
 
 
-@pytest.mark.parametrize(("graph_ms", "told"), [(1.9, "5.0% less"), (2.1, "5.0% more")])
-def test_the_row_says_that_the_timers_disagree(graph_ms: float, told: str, second: Second) -> None:
-    entry = second(graph_ms)
-    assert entry.changes == {"graph_ratio": pytest.approx(graph_ms / 2.0)}
-    assert entry.remarks == [f"The timers disagree: as a CUDA graph it takes {told}."]
+@pytest.mark.parametrize(
+    ("ratio", "told"),
+    [(0.95, "-5.0% as a CUDA graph (-5.2% to -4.7%)"), (1.05, "+5.0% as a CUDA graph (+4.8% to +5.3%)")],
+)
+def test_the_row_says_that_the_timers_disagree(ratio: float, told: str, second: Second) -> None:
+    entry = second(ratio)
+    assert entry.changes == {"graph_ratio": ratio}
+    assert entry.remarks == [f"The timers disagree: {told}."]
 
 
 def test_a_graph_that_does_not_do_the_work_has_no_ratio(second: Second) -> None:
     second.graphs.replays[0] = lambda: None
-    entry = second(2.0)
+    entry = second(1.0)
     assert (entry.status, entry.changes) == ("", {})
     assert entry.remarks == ["As a CUDA graph it does not do its work."]
 
@@ -97,7 +116,7 @@ def test_a_graph_that_writes_into_inputs_costs_its_contender_the_time_and_others
         k.copy_(k.flip(1))
 
     second.graphs.replays[0] = writes
-    entry = second(2.0)
+    entry = second(1.0)
     assert (entry.status, entry.note) == ("incorrect", WROTE)
     assert torch.equal(k, before)
 
@@ -108,7 +127,7 @@ def test_what_cannot_be_captured_says_so_and_keeps_its_time(second: Second, monk
 
     monkeypatch.setattr(racing, "capture", refuses)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
-    entry = second(2.0)
+    entry = second(1.0)
     assert (entry.status, entry.changes) == ("", {})
     assert entry.remarks == ["It cannot be captured in a CUDA graph: operation not permitted"]
 
@@ -182,4 +201,4 @@ def test_copies_are_timed_by_both_timers() -> None:
         assert one.events_ms is not None, one.note
         # Loose, as other tests may use the GPU meanwhile: how far they agree is for `selftest` to measure.
         assert wanted / 2 < one.events_ms < wanted * 4
-        assert one.graph_ms == pytest.approx(one.events_ms, rel=0.5)
+        assert one.ratio == pytest.approx(1.0, abs=0.5)

@@ -14,7 +14,16 @@ from nhabench import inputs as inputs_of
 from nhabench import racing, reference
 from nhabench.baselines import masked_softmax
 from nhabench.bench import make_lab
-from nhabench.cheats import CHEATS, CUDA_CHEATS, Cheat, knows_one_set, plant, slows_the_clock, writes
+from nhabench.cheats import (
+    CHEATS,
+    CUDA_CHEATS,
+    Cheat,
+    knows_one_set,
+    plant,
+    slows_the_clock,
+    works_when_watched,
+    writes,
+)
 from nhabench.contender import Contender
 from nhabench.environment import read_environment
 from nhabench.floors import Ceilings
@@ -57,7 +66,9 @@ def right(inputs: Inputs) -> torch.Tensor:
 @pytest.mark.parametrize("cheat", CHEATS, ids=lambda cheat: cheat.name)
 def test_cheats_get_no_time_and_cost_the_others_nothing(cheat: Cheat, measure: Measure, contenders: Any) -> None:
     rows = measure(contenders.nha("cheat", cheat.make(right)), contenders.nha("honest"))
-    assert (rows["cheat"].status, rows["cheat"].note, rows["cheat"].median_ms) == ("incorrect", cheat.note, None)
+    assert (rows["cheat"].status, rows["cheat"].median_ms) == ("incorrect", None)
+    if cheat.make is not works_when_watched:  # what lies in its output is another thing each time
+        assert rows["cheat"].note == cheat.note
     assert rows["honest"].status == "ok"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from nhabench import reference
 from nhabench.check import check_against
 from nhabench.implementations import attend
 from nhabench.inputs import Inputs, make_inputs
-from nhabench.reference import BLOCK, Distance, Judge, allowed, distance, slack
+from nhabench.reference import BLOCK, Distance, Judge, allowed, distance, in_pieces, slack
 from nhabench.workloads import Case, Workload
 
 CPU = torch.device("cpu")
@@ -136,3 +137,31 @@ def test_a_chunked_that_is_wrong_is_no_reference(tiny: Workload, monkeypatch: py
     judge = Judge(tiny, "float32", CPU)
     with pytest.raises(ArithmeticError, match=r"chunked in float64 is 1\.0e-09 away from naive"):
         judge.reference(make_inputs(Case(tiny, 1, 600, "float32"), CPU))
+
+
+@pytest.mark.parametrize("rope", [False, True])
+@pytest.mark.parametrize("backend", ["naive", "chunked"])
+def test_pieces_are_one_sequence(backend: str, rope: bool, tiny: Workload) -> None:
+    inputs = make_inputs(tiny.changed(rope=rope).case(150, "float32"), CPU)
+    whole = attend(inputs.to(torch.float64), backend)
+    pieces = list(in_pieces(inputs, backend, 64))
+    assert [piece.shape[1] for piece in pieces] == [64, 64, 22]
+    assert torch.allclose(torch.cat(pieces, 1), whole, rtol=0, atol=1e-12 * float(whole.abs().max()))
+
+
+def test_a_long_reference_is_made_in_pieces_and_is_the_same(tiny: Workload, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs = make_inputs(Case(tiny, 2, 600, "float32"), CPU)
+    judge = Judge(tiny, "float32", CPU)
+    whole, name = judge.reference(inputs)
+    sizes: list[int] = []
+    real = reference.native_hybrid_attention
+
+    def watched(q: torch.Tensor, *arguments: Any, **options: Any) -> Any:
+        sizes.append(q.shape[1])
+        return real(q, *arguments, **options)
+
+    monkeypatch.setattr(reference, "PIECE", 256)
+    monkeypatch.setattr(reference, "native_hybrid_attention", watched)
+    pieces, _ = judge.reference(inputs)
+    assert (name, sizes) == ("chunked float64", [256, 256, 88] * 2)
+    assert distance(pieces, whole).worst < 1e-12

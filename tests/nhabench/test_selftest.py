@@ -132,7 +132,7 @@ def test_the_shell_is_told(
     monkeypatch.setattr(selftest, "take_turns", turns)
     monkeypatch.setattr(verdicts, "make_lab", lambda *_: None)
     monkeypatch.setattr(verdicts, "plant", lambda *_: [Planted("it lies", caught, "what it was told")])
-    monkeypatch.setattr(verdicts, "compare_timers", lambda *_: [TwoTimes("a copy", 1.0, 1.1, agree)])
+    monkeypatch.setattr(verdicts, "compare_timers", lambda *_: [TwoTimes("a copy", 1.0, 1.1, 1.09, 1.11, agree)])
     good = works and caught and agree
     out = tmp_path / "selftest.json"
     arguments = ["selftest", "--device", "cpu", "--comparisons", "3"]
@@ -144,7 +144,8 @@ def test_the_shell_is_told(
     assert (done.exit_code, told["passed"], told["limit"]) == (0 if good else 1, good, 0.1)
     assert [trial["regress"] for trial in told["trials"]] == ([0, 0, 3, 1] if works else [0, 0, 0, 0])
     assert told["cheats"] == [{"name": "it lies", "caught": caught, "told": "what it was told"}]
-    assert told["timers"] == [{"call": "a copy", "events_ms": 1.0, "graph_ms": 1.1, "agree": agree, "note": ""}]
+    both = {"call": "a copy", "events_ms": 1.0, "ratio": 1.1, "low": 1.09, "high": 1.11, "agree": agree, "note": ""}
+    assert told["timers"] == [both]
     ratios = iter(range(10**6))
     done = CliRunner().invoke(cli.app, arguments)
     words = ("passed" if good else "failed", "20.0%", "it lies", "what it was told", "a copy", "1.1000")
