@@ -18,7 +18,7 @@ from nhabench.guard import fingerprint, marks, out_of_turn, plain, refill
 from nhabench.inputs import Inputs
 from nhabench.lab import Entry, Lab, attempt, fail, kept
 from nhabench.results import HOST_TIME
-from nhabench.timing import SLOW_MS, Timing, Warm, agree, in_turns, race
+from nhabench.timing import AGREE, SLOW_MS, Timing, Warm, agree, in_turns, race
 from nhabench.workloads import Case
 
 # Of timed calls, by their input set: marks of the output, None for what is no output, or what looking at it raised.
@@ -130,7 +130,8 @@ def second_timer(
         entry.changes.update(graph_ratio=ratio.median)
         if not agree(ms, ratio.median):
             told = f"{ratio.median - 1:+.1%} as a CUDA graph ({ratio.low - 1:+.1%} to {ratio.high - 1:+.1%})"
-            entry.remarks.append(f"The timers disagree: {told}.")
+            sure = ratio.low > 1 + AGREE or ratio.high < 1 - AGREE
+            entry.remarks.append(f"The timers {'' if sure else 'may '}disagree: {told}.")
 
 
 def _race_warm(lab: Lab, entries: Sequence[Entry]) -> None:

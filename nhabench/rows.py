@@ -19,32 +19,31 @@ def earlier_rows(lab: Lab, case: Case, contenders: Sequence[Contender], rows: Se
     """Of `rows`, those that the same run left of a case before it was interrupted; None where it must be measured.
 
     The same run: the same command on the same commit, device and software. Of changed code, or code that git does not
-    know, nobody can say whether it is the same. What failed, lacked memory or was not installed is measured again: that
-    may have been of that hour.
+    know, nobody can say whether it is the same. What failed, lacked memory, or was not installed and is now, is
+    measured again: that may have been of that hour.
     """
     here = lab.environment
     if not here.git_sha or here.git_dirty is not False:
         return None
     same = {field.name: getattr(here, field.name) for field in dataclasses.fields(Environment) if field.name != "date"}
     same |= {**case_columns(case), "direction": "forward"}
-    found = {
-        row.implementation: row
-        for row in rows
-        if not _of_the_hour(row) and all(getattr(row, name) == value for name, value in same.items())
-    }
-    if not all(contender.name in found for contender in contenders):
+    found = {row.implementation: row for row in rows if all(getattr(row, name) == same[name] for name in same)}
+    earlier = [found[contender.name] for contender in contenders if contender.name in found]
+    if len(earlier) < len(contenders):
         return None
-    earlier = [found[contender.name] for contender in contenders]
+    if any(_of_the_hour(row, one.missing(lab.device)) for one, row in zip(contenders, earlier, strict=True)):
+        return None
     for contender, row in zip(contenders, earlier, strict=True):
         if row.median_ms is not None:
             lab.last[contender.name, case.workload, case.dtype] = (case, row.median_ms / 1e3)
     return earlier
 
 
-def _of_the_hour(row: Row) -> bool:
+def _of_the_hour(row: Row, missing: str | None) -> bool:
+    """`missing`: why its contender cannot run here now, if it cannot."""
     if row.status == "skipped":
         return SHORT_OF_MEMORY in row.note
-    return row.status in ("failed", "out of memory", "unavailable")
+    return row.status in ("failed", "out of memory") or (row.status == "unavailable" and row.note != missing)
 
 
 def row_of(lab: Lab, case: Case, entry: Entry) -> Row:

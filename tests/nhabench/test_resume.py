@@ -135,6 +135,22 @@ def test_what_failed_is_measured_again_and_what_was_wrong_is_not(
         assert outcome.exit_code == (1 if status == "incorrect" else 0)
 
 
+def test_what_is_not_installed_is_no_reason_to_measure_the_others_again(
+    interrupted: Bench, contenders: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    installed = False
+    absent = contenders.nha("absent", missing=lambda device: None if installed else "It is not installed.")
+    both = [interrupted.contender, absent]
+    assert interrupted(contenders=both).exit_code == 0
+    assert {row.status for row in load_rows(interrupted.file) if row.implementation == "absent"} == {"unavailable"}
+    interrupted(contenders=both)
+    assert interrupted.measured == []
+    installed = True
+    interrupted(contenders=both)
+    assert interrupted.measured == list(LENGTHS)
+    assert {row.status for row in load_rows(interrupted.file)} == {"ok"}
+
+
 def test_the_lengths_before_predict_the_next(interrupted: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     (first,) = load_rows(interrupted.file)
     ResultFile(interrupted.file).put([type(first)(**{**vars(first), "median_ms": 60_000.0})])
