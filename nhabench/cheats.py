@@ -106,6 +106,12 @@ def knows_one_set(honest: Run) -> Run:
     return run
 
 
+def becomes_an_input(honest: Run) -> Run:
+    """The work a few times, for the check and to be warm; then an input for an output."""
+    calls = iter(range(10**9))
+    return lambda inputs: honest(inputs) if next(calls) < 4 else inputs.q[:, :]
+
+
 CHEATS = (
     Cheat("it remembers its output", remembers, guard.REMEMBERED),
     Cheat("it idles once it was checked", idles(1), guard.UNCHECKED),
@@ -113,6 +119,7 @@ CHEATS = (
     *(Cheat(f"it writes into {name}", writes(name), guard.WROTE) for name in "qkvg"),
     Cheat("it writes when it is timed", writes("k", after=3), guard.WROTE),
     Cheat("its output is lazy", lazy, guard.NO_TENSOR),
+    Cheat("its output becomes an input", becomes_an_input, guard.WROTE),
     Cheat("it works when it is watched", works_when_watched, guard.UNCHECKED),
 )
 
@@ -148,6 +155,18 @@ def ahead_and_copies(honest: Run) -> Run:
     return lambda inputs: early(inputs).clone()
 
 
+def writes_when_captured(honest: Run) -> Run:
+    """The tokens of k in another order, whenever the graph is replayed that was captured."""
+
+    def run(inputs: Inputs) -> torch.Tensor:
+        o = honest(inputs)
+        if torch.cuda.is_current_stream_capturing():
+            inputs.k.copy_(inputs.k.flip(1))
+        return o
+
+    return run
+
+
 def slows_the_clock(honest: Run) -> Run:
     """A clock that goes at a tenth of its rate from the first call on."""
     real = time.perf_counter
@@ -177,6 +196,7 @@ def slows_the_events(honest: Run) -> Run:
 CLOCKS = (Cheat("it slows the clock", slows_the_clock, ""),)
 CUDA_CHEATS = (
     Cheat("it knows one set of inputs", knows_one_set, guard.UNCHECKED),  # of which a CPU gets one only
+    Cheat("it writes when it is captured", writes_when_captured, guard.WROTE),
     Cheat("it works on the side", on_the_side, guard.OUT_OF_TURN),
     Cheat("it works ahead", ahead, guard.OUT_OF_TURN),
     Cheat("it works ahead, and copies", ahead_and_copies, guard.OUT_OF_TURN),

@@ -55,8 +55,8 @@ def against(rows: Sequence[Row], family: str) -> str:
     if not lengths:
         return ""
     pairs = {length: (nha[length], rivals[length]) for length in lengths}
-    faster = [length for length, (ours, other) in pairs.items() if _high(ours) < _low(other)]
-    slower = [length for length, (ours, other) in pairs.items() if _low(ours) > _high(other)]
+    faster = [length for length, (ours, other) in pairs.items() if high_of(ours) < low_of(other)]
+    slower = [length for length, (ours, other) in pairs.items() if low_of(ours) > high_of(other)]
     level = [length for length in lengths if length not in faster and length not in slower]
     name = length_name(rows[0])
     verdicts = [
@@ -78,11 +78,11 @@ def _speed(ours: Row, other: Row) -> str:
     return f"{significant(time_of(other) / time_of(ours), 3)}x"
 
 
-def _low(row: Row) -> float:
+def low_of(row: Row) -> float:
     return time_of(row) if row.low_ms is None else row.low_ms
 
 
-def _high(row: Row) -> float:
+def high_of(row: Row) -> float:
     return time_of(row) if row.high_ms is None else row.high_ms
 
 

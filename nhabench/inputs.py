@@ -18,7 +18,7 @@ from nha_kernels.rope import rotate
 from nhabench.workloads import Case
 
 MAX_SETS = 8
-LARGE_REFERENCE = 8 * 2**30  # bytes: what takes more lies in host memory
+LARGE_REFERENCE = 8 * 2**30  # bytes: what takes more lies in host memory, not in the GPU's
 SLOWEST_GATE = 2.5e-4  # times the fastest slot's log-gates, whose mean is -0.8: slots remember 1 to 5000 tokens
 COLD_FACTOR = 4  # the sets together are this many times the L2, so none of a set survives until its next turn
 
@@ -142,10 +142,11 @@ def cache_state(case: Case, sets: int, l2_bytes: int) -> str:
     return "cold" if sets * case.input_bytes >= COLD_FACTOR * l2_bytes else "warm"
 
 
-def bytes_needed(case: Case, sets: int = 1) -> int:
+def bytes_needed(case: Case, sets: int = 1, device_type: str = "cpu") -> int:
     """A lower estimate of the device memory a case takes: its input sets, the output, and the float64 reference."""
     per_set = case.input_bytes + case.rotated_bytes
-    reference = case.reference_bytes if case.reference_bytes <= LARGE_REFERENCE else 0
+    elsewhere = device_type == "cuda" and case.reference_bytes > LARGE_REFERENCE
+    reference = 0 if elsewhere else case.reference_bytes
     return sets * per_set + case.output_bytes + reference
 
 

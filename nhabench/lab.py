@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,8 +15,6 @@ from nhabench.environment import Environment
 from nhabench.errors import first_line, is_out_of_memory, without_frames
 from nhabench.floors import Ceilings
 from nhabench.gpu import GpuWatch
-from nhabench.guard import fingerprint, refill
-from nhabench.inputs import Inputs
 from nhabench.reference import Judge, small_inputs
 from nhabench.results import Row
 from nhabench.timing import Timer
@@ -103,27 +100,21 @@ class Entry:
         self.status, self.note, self.calls = status, note, []
 
 
-@contextmanager
-def kept(entry: Entry, inputs: Inputs, seed: int = 0) -> Iterator[None]:
-    """The inputs, made from `seed`, are afterwards as they were before; a contender that wrote into them is ended."""
-    before = fingerprint(inputs)
-    try:
-        yield
-    finally:
-        if fingerprint(inputs) != before:
-            refill(inputs, seed)
-            entry.end("incorrect", guard.WROTE)
+def attempt(lab: Lab, entry: Entry, step: Callable[[], object], sets: guard.Sets | None = None) -> None:
+    """Run a step of one contender; whatever it raises becomes its row, and the others go on.
 
-
-def attempt(lab: Lab, entry: Entry, step: Callable[[], object]) -> None:
-    """Run a step of one contender; whatever it raises becomes its row, and the others go on."""
+    sets: those that it works on. They are afterwards as they were before, and who wrote into them is ended.
+    """
+    failure: Exception | None = None
     try:
         step()
-        return
     except Exception as error:
         failure = without_frames(error)
     # Not inside the handler: until its end the failed step keeps its tensors, and no memory could be released.
-    fail(lab, entry, failure)
+    if failure is not None:
+        fail(lab, entry, failure)
+    if sets is not None and sets.restore() and entry.waiting:
+        entry.end("incorrect", guard.WROTE)
 
 
 def fail_all(lab: Lab, entries: Sequence[Entry], error: Exception, where: str = "") -> None:

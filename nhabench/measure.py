@@ -10,9 +10,9 @@ from nhabench.check import Verdict, check_against, first_output, release
 from nhabench.contender import Contender
 from nhabench.errors import without_frames
 from nhabench.gpu import extra_peak_bytes
-from nhabench.guard import marks, plain
+from nhabench.guard import Sets, guarded, marks, plain
 from nhabench.inputs import Inputs, bytes_needed, cache_bytes, cache_state, free_bytes, input_sets, set_count
-from nhabench.lab import DeviceLost, Entry, Lab, attempt, fail_all, kept, recover
+from nhabench.lab import DeviceLost, Entry, Lab, attempt, fail_all, recover
 from nhabench.racing import race_entries
 from nhabench.results import Row
 from nhabench.rows import SHORT_OF_MEMORY, row_of
@@ -63,7 +63,7 @@ def _all_steps(lab: Lab, case: Case, entries: Sequence[Entry], said: Callable[[s
 
 def _screen(lab: Lab, case: Case, entries: Sequence[Entry]) -> None:
     """Turn away what cannot run or would take too long, before anything is allocated."""
-    needed = bytes_needed(case, set_count(case, cache_bytes(lab.device)))
+    needed = bytes_needed(case, set_count(case, cache_bytes(lab.device)), lab.device.type)
     free = free_bytes(lab.device)
     for entry in entries:
         attempt(lab, entry, partial(_turn_away, lab, case, entry, needed, free))
@@ -90,26 +90,26 @@ def _turn_away(lab: Lab, case: Case, entry: Entry, needed: int, free: int) -> No
 
 
 def _check_and_time(lab: Lab, case: Case, entries: Sequence[Entry], said: Callable[[str], object]) -> None:
-    inputs = input_sets(case, lab.device)
-    sets = len(inputs)
+    sets = guarded(input_sets(case, lab.device))
+    count = len(sets.inputs)
     for entry in entries:
-        entry.changes.update(input_sets=sets, cache=cache_state(case, sets, cache_bytes(lab.device)))
-    _check_all(lab, case, entries, inputs[0], said)
+        entry.changes.update(input_sets=count, cache=cache_state(case, count, cache_bytes(lab.device)))
+    _check_all(lab, case, entries, sets, said)
     racing = [entry for entry in entries if entry.waiting]
     for entry in racing:
         said(f"preparing {entry.contender.label}")
-        attempt(lab, entry, partial(_prepare, lab, case, entry, inputs))
+        attempt(lab, entry, partial(_prepare, lab, case, entry, sets.inputs), sets)
     racing = [entry for entry in racing if entry.waiting]
     if racing:
-        race_entries(lab, case, racing, inputs, said)
+        race_entries(lab, case, racing, sets, said)
 
 
-def _check_all(lab: Lab, case: Case, entries: Sequence[Entry], inputs: Inputs, said: Callable[[str], object]) -> None:
+def _check_all(lab: Lab, case: Case, entries: Sequence[Entry], sets: Sets, said: Callable[[str], object]) -> None:
     """Compare every waiting contender with its reference: NHA at this case, baselines at a small size."""
     waiting = [entry for entry in entries if entry.waiting]
     nha = [entry for entry in waiting if entry.contender.family == "nha"]
     if nha:
-        _check_nha(lab, nha, inputs, said)
+        _check_nha(lab, nha, sets, said)
     release(lab.device)
     for entry in waiting:
         if entry.contender.family != "nha":
@@ -117,8 +117,9 @@ def _check_all(lab: Lab, case: Case, entries: Sequence[Entry], inputs: Inputs, s
             attempt(lab, entry, partial(_check_baseline, lab, case, entry))
 
 
-def _check_nha(lab: Lab, entries: Sequence[Entry], inputs: Inputs, said: Callable[[str], object]) -> None:
+def _check_nha(lab: Lab, entries: Sequence[Entry], sets: Sets, said: Callable[[str], object]) -> None:
     said("computing the float64 reference")
+    inputs = sets.inputs[0]
     failure: Exception | None = None
     try:
         judge = lab.judge(inputs.case)
@@ -132,14 +133,13 @@ def _check_nha(lab: Lab, entries: Sequence[Entry], inputs: Inputs, said: Callabl
         said(f"checking {entry.contender.label}")
 
         def check(entry: Entry = entry) -> None:
-            with kept(entry, inputs):
-                o, extra = first_output(entry.contender.bind(inputs), inputs.q)
+            o, extra = first_output(entry.contender.bind(inputs), inputs.q)
             _memory(entry, inputs.case, extra)
             _first_look(entry, o, inputs)
             if entry.waiting:
                 _judge(entry, check_against(o, truth, name, judge.tolerance))
 
-        attempt(lab, entry, check)
+        attempt(lab, entry, check, sets)
 
 
 def _first_look(entry: Entry, o: object, inputs: Inputs) -> None:
@@ -182,8 +182,7 @@ def _prepare(lab: Lab, case: Case, entry: Entry, inputs: Sequence[Inputs]) -> No
     that compiles it, shows whether it fits, tells its memory, and whether it writes numbers everywhere."""
     entry.calls = [entry.contender.bind(one) for one in inputs]
     if entry.contender.family != "nha":
-        with kept(entry, inputs[0]):
-            o, _ = first_output(entry.calls[0], inputs[0].q)
+        o, _ = first_output(entry.calls[0], inputs[0].q)
         _first_look(entry, o, inputs[0])
         if not entry.waiting:
             return

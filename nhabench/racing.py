@@ -11,12 +11,13 @@ import torch
 
 from nhabench import guard
 from nhabench.check import poison
+from nhabench.contender import Call
 from nhabench.errors import first_line, without_frames
 from nhabench.gpu import ClockSample, clock_fell
 from nhabench.graphs import capture, graph_ratio
-from nhabench.guard import fingerprint, marks, out_of_turn, plain, refill
+from nhabench.guard import Sets, marks, out_of_turn, plain, refill
 from nhabench.inputs import Inputs
-from nhabench.lab import Entry, Lab, attempt, fail, kept
+from nhabench.lab import Entry, Lab, attempt, fail
 from nhabench.results import HOST_TIME
 from nhabench.timing import AGREE, SLOW_MS, Timing, Warm, agree, in_turns, race
 from nhabench.workloads import Case
@@ -25,41 +26,39 @@ from nhabench.workloads import Case
 Seen = dict[int, guard.Marks | Exception | None]
 
 
-def race_entries(
-    lab: Lab, case: Case, racing: Sequence[Entry], inputs: Sequence[Inputs], said: Callable[[str], object]
-) -> None:
+def race_entries(lab: Lab, case: Case, racing: Sequence[Entry], sets: Sets, said: Callable[[str], object]) -> None:
     """Time the entries at a case: each ends with its times, or with the reason why it has none.
 
-    inputs: the sets to rotate, from the seeds 0, 1, ..., to which each entry has its calls. `said` is told what is
-    going on. Raises DeviceLost.
+    sets: of inputs, to each of which each entry has a call. `said` is told what is going on. Raises DeviceLost.
     """
     before: list[ClockSample | None] = []
     seen: list[Seen] = [{} for _ in racing]
 
     def after_turn(number: int, index: int, o: object, left: bool) -> None:
-        # The last turn, of which a contender does not know that it is, and one with other inputs than those checked.
-        if left or (index and not any(seen[number])):
-            seen[number][index] = _marked(o)
-        if plain(o):
-            guard.spoil(o)
+        try:
+            # The last turn, of which a contender does not know that it is one, and one with inputs not checked yet.
+            if left or (index and not any(seen[number])):
+                seen[number][index] = marks(o) if plain(o) else None
+            if plain(o):
+                guard.spoil(o)
+        except Exception as error:  # of this contender, not of the race
+            seen[number][index] = without_frames(error)
 
-    untouched = [fingerprint(one) for one in inputs]
     said(f"timing {len(racing)} implementations")
-    calls = [in_turns(entry.calls) for entry in racing]
     results = race(
-        calls,
+        [in_turns(entry.calls) for entry in racing],
         lab.timer,
-        len(inputs),
+        len(sets.inputs),
         lab.seconds,
         started=lambda: before.append(lab.watch.clocks()),
         after=after_turn,
     )
     after = lab.watch.clocks()
-    if [fingerprint(one) for one in inputs] != untouched:
-        _find_writers(lab, racing, inputs)
+    if sets.restore():
+        _find_writers(lab, racing, sets)
         left = [entry for entry in racing if entry.waiting]
         if left:
-            race_entries(lab, case, left, inputs, said)
+            race_entries(lab, case, left, sets, said)
         return
     passed: list[tuple[Entry, Timing]] = []
     try:
@@ -69,10 +68,10 @@ def race_entries(
                 continue
             lab.last[entry.contender.name, case.workload, case.dtype] = (case, result.median_ms / 1e3)
             said(f"checking {entry.contender.label} again")
-            attempt(lab, entry, partial(look_again, entry, inputs, seen[number]))
+            attempt(lab, entry, partial(look_again, entry, sets.inputs, seen[number]), sets)
             passed += [(entry, result)] if entry.waiting else []
         if lab.device.type == "cuda":
-            _race_graphs(lab, passed, inputs, untouched, said)
+            _race_graphs(lab, passed, sets, said)
         if lab.warm:
             said("timing warm calls")
             _race_warm(lab, [entry for entry, _ in passed if entry.waiting])
@@ -82,65 +81,48 @@ def race_entries(
                 _keep_times(lab, entry, timing, _clock_columns(before[0], after))
 
 
-def _marked(o: object) -> guard.Marks | Exception | None:
-    try:
-        return marks(o) if plain(o) else None
-    except Exception as error:  # of this contender, not of the race
-        return without_frames(error)
-
-
-def _race_graphs(
-    lab: Lab,
-    passed: Sequence[tuple[Entry, Timing]],
-    inputs: Sequence[Inputs],
-    untouched: Sequence[tuple[int, ...]],
-    said: Callable[[str], object],
-) -> None:
+def _race_graphs(lab: Lab, passed: Sequence[tuple[Entry, Timing]], sets: Sets, said: Callable[[str], object]) -> None:
     """Time the contenders by the second timer, one after the other: their graphs together would take much memory."""
     for entry, timing in passed:
         if entry.waiting and timing.median_ms < SLOW_MS:
             said(f"timing {entry.contender.label} as a CUDA graph")
             share_s = lab.seconds / len(passed)
-            attempt(lab, entry, partial(second_timer, lab, entry, inputs, untouched, timing.median_ms, share_s))
+            attempt(lab, entry, partial(second_timer, lab, entry, timing, share_s), sets)
 
 
-def second_timer(
-    lab: Lab, entry: Entry, inputs: Sequence[Inputs], untouched: Sequence[tuple[int, ...]], ms: float, seconds: float
-) -> None:
-    """Time a contender, whose calls take `ms`, as a CUDA graph, in turns with its calls; for `seconds` at most. Say
-    where the two differ, or why it cannot be done."""
+def second_timer(lab: Lab, entry: Entry, timing: Timing, seconds: float) -> None:
+    """Time a contender, which has its timing, as a CUDA graph, in turns with its calls; for `seconds` at most.
+
+    Its remarks say where the two differ, or why it cannot be done.
+    """
+    assert entry.marks is not None
     try:
         graphs = capture(entry.calls)
+        ratio = graph_ratio(entry.calls, graphs, lab.timer, seconds)
+        graphs.o.fill_(torch.nan)
+        graphs.replays[0]()
+        right = entry.marks.distance(marks(graphs.o)) <= guard.SAME
     except Exception as error:  # it has its time all the same
         torch.cuda.synchronize()  # raises where the device is lost
-        entry.remarks.append(f"It cannot be captured in a CUDA graph: {first_line(error)}")
+        entry.remarks.append(f"It cannot be timed as a CUDA graph: {first_line(error)}")
         return
-    ratio = graph_ratio(entry.calls, graphs, lab.timer, seconds)
-    assert entry.marks is not None
-    graphs.o.fill_(torch.nan)
-    graphs.replays[0]()
-    right = entry.marks.distance(marks(graphs.o)) <= guard.SAME
-    if [fingerprint(one) for one in inputs] != untouched:
-        for seed, one in enumerate(inputs):
-            refill(one, seed)
-        entry.end("incorrect", guard.WROTE)
-    elif not right:
+    if not right:
         entry.remarks.append("As a CUDA graph it does not do its work.")
-    else:
-        entry.changes.update(graph_ratio=ratio.median)
-        if not agree(ms, ratio.median):
-            told = f"{ratio.median - 1:+.1%} as a CUDA graph ({ratio.low - 1:+.1%} to {ratio.high - 1:+.1%})"
-            sure = ratio.low > 1 + AGREE or ratio.high < 1 - AGREE
-            entry.remarks.append(f"The timers {'' if sure else 'may '}disagree: {told}.")
+        return
+    entry.changes.update(graph_ratio=ratio.median)
+    if not timing.includes_host and not agree(timing.median_ms, ratio.median):
+        told = f"{ratio.median - 1:+.1%} as a CUDA graph ({ratio.low - 1:+.1%} to {ratio.high - 1:+.1%})"
+        sure = ratio.low > 1 + AGREE or ratio.high < 1 - AGREE
+        entry.remarks.append(f"The timers {'' if sure else 'may '}disagree: {told}.")
 
 
 def _race_warm(lab: Lab, entries: Sequence[Entry]) -> None:
     results = race([in_turns(entry.calls) for entry in entries], Warm(lab.timer), 1, lab.seconds)
     for entry, result in zip(entries, results, strict=True):
-        if isinstance(result, Exception):
-            fail(lab, entry, result)
-        else:
+        if isinstance(result, Timing):
             entry.changes.update(warm_ms=result.median_ms)
+        else:  # it has its time all the same
+            entry.remarks.append(f"It has no warm time: {first_line(result)}")
 
 
 def _keep_times(lab: Lab, entry: Entry, timing: Timing, clocks: Mapping[str, Any]) -> None:
@@ -152,18 +134,17 @@ def _keep_times(lab: Lab, entry: Entry, timing: Timing, clocks: Mapping[str, Any
     entry.end("ok", " ".join(filter(None, (entry.contender.remark, _host_note(timing), *entry.remarks))))
 
 
-def _find_writers(lab: Lab, racing: Sequence[Entry], inputs: Sequence[Inputs]) -> None:
-    """Restore the inputs, and end who writes into them; all, where nobody does while being watched."""
-    for seed, one in enumerate(inputs):
-        refill(one, seed)
+def _find_writers(lab: Lab, racing: Sequence[Entry], sets: Sets) -> None:
+    """End who writes into the inputs; all, where nobody does while being watched."""
     for entry in racing:
 
         def watched(entry: Entry = entry) -> None:
-            for seed, (call, one) in enumerate(zip(entry.calls, inputs, strict=True)):
-                with kept(entry, one, seed):
-                    call()
+            for call in entry.calls:
+                o = call()
+                if plain(o):
+                    guard.spoil(o)
 
-        attempt(lab, entry, watched)
+        attempt(lab, entry, watched, sets)
     if all(entry.waiting for entry in racing):
         for entry in racing:
             entry.end("incorrect", guard.SPOILT)
@@ -180,7 +161,7 @@ def look_again(entry: Entry, inputs: Sequence[Inputs], seen: Seen) -> None:
     for index, then in ((0, entry.marks), *seen.items()):
         if isinstance(then, Exception):
             raise then
-        found = now[index] if index in now else _look_now(entry, inputs[index], index)
+        found = now[index] if index in now else _look_now(entry, inputs[index], entry.calls[index])
         if not entry.waiting:
             return
         if then is None or found is None or not then.distance(found) <= guard.SAME:
@@ -200,18 +181,17 @@ def look_again(entry: Entry, inputs: Sequence[Inputs], seen: Seen) -> None:
         entry.end("incorrect", guard.OUT_OF_TURN)
 
 
-def _look_now(entry: Entry, inputs: Inputs, index: int) -> guard.Marks | None:
-    """Marks of the output at an input set; None for what is no output. Ends who writes into inputs, returns what was
-    made before, or not the same twice."""
-    with kept(entry, inputs, index):
-        poison(inputs.q)  # an output that is never written must not be the one that lay there
-        o = entry.calls[index]()
-        _settle(inputs.q.device)
-    if not entry.waiting or not plain(o):
+def _look_now(entry: Entry, inputs: Inputs, call: Call) -> guard.Marks | None:
+    """Marks of the output at an input set; None for what is no output. Ends who returns what was made before, or not
+    the same twice."""
+    poison(inputs.q)  # an output that is never written must not be the one that lay there
+    o = call()
+    _settle(inputs.q.device)
+    if not plain(o):
         return None
     found = marks(o)
     o.fill_(torch.nan)
-    again = entry.calls[index]()
+    again = call()
     if not found.distance(marks(again)) <= guard.SAME:
         entry.end("incorrect", guard.REMEMBERED if again.data_ptr() == o.data_ptr() else guard.UNCHECKED)
     return found
@@ -219,14 +199,13 @@ def _look_now(entry: Entry, inputs: Inputs, index: int) -> guard.Marks | None:
 
 def _with_other_values(entry: Entry, inputs: Inputs, seed: int) -> guard.Marks:
     """Marks of a contender's output at the first input set, with the values of another seed in it."""
-    try:
-        refill(inputs, seed)
-        # A baseline may lay out its inputs anew when it is bound.
-        call = entry.calls[0] if entry.contender.family == "nha" else entry.contender.bind(inputs)
-        poison(inputs.q)
-        return marks(call())
-    finally:
-        refill(inputs, 0)
+    refill(inputs, seed)
+    # A baseline may lay out its inputs anew when it is bound.
+    call = entry.calls[0] if entry.contender.family == "nha" else entry.contender.bind(inputs)
+    poison(inputs.q)
+    found = marks(call())
+    refill(inputs, 0)
+    return found
 
 
 def _settle(device: torch.device) -> None:

@@ -98,17 +98,17 @@ def find_tables(path: Path) -> tuple[dict[str, list[Row]], dict[str, str]]:
     found = [path] if path.is_file() else [*sorted(path.glob("*.csv")), *sorted(path.glob("*/*.csv"))]
     tables: dict[str, list[Row]] = {}
     left_out: dict[str, str] = {}
-    for path in filter(Path.is_file, found):
-        name = path.relative_to(folder).as_posix()
+    for file in filter(Path.is_file, found):
+        name = file.relative_to(folder).as_posix()
         try:
-            if not is_table(path):
+            if not is_table(file):
                 left_out[name] = "not a table of results"
                 continue
-            rows = load_rows(path)
+            rows = load_rows(file)
         except (csv.Error, UnicodeDecodeError) as error:
             raise ValueError(f"{name}: expected CSV, got: {error}") from error
         except ValueError as error:
-            raise ValueError(f"{name.removesuffix(path.name)}{error}") from error  # it begins with the file's name
+            raise ValueError(f"{name.removesuffix(file.name)}{error}") from error  # it begins with the file's name
         if rows:
             tables[name] = rows
         else:
@@ -192,12 +192,13 @@ def _only_swept(rows: Sequence[Row], swept: Sequence[tuple[Size, Sequence[Row]]]
 def _sweep(name: str, size: Size, rows: Sequence[Row], taken: set[str]) -> Group:
     first = rows[0]
     heads = f"{first.q_heads}/{first.kv_heads} heads, D={first.head_dim}"
-    title = f"{size}: {heads}, T={first.seq_len}"
-    anchor = _anchor(name, title, first, taken)
     rest = f"M={first.slots}" if size == "window" else f"W={first.window}"
+    packed = f", {first.sequences} packed" if first.sequences else ""
+    title = f"{size}: {heads}, {rest}{', rope' if first.rope else ''}, T={first.seq_len}{packed}"
+    anchor = _anchor(name, title, first, taken)
     figure = sweep(rows, size)
     plot = Plot(size, str(figure.get_label()), to_svg(figure, f"{anchor}-{size}"), 1, sweep_data(rows, size))
-    subject = f"{first.direction} on {first.device}, {heads}, {rest}, {first.dtype}; {name}"
+    subject = f"{first.direction} on {first.device}, B={first.batch}, {first.dtype}; {name}"
     return Group(anchor, title, subject, finding(rows, size), [], [plot])
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import math
 import shlex
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -105,15 +106,22 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter, config: p
     """Draw what was kept, and tell it as a page; each suite by itself, since two may draw the same workload."""
     for suite, file in config.stash[RESULTS].values():
         folder, page = file.path.with_suffix(""), file.path.with_suffix(".html")
-        try:
-            suite.draw(file.rows, folder)
-            write_report(build_report(file.path), page)
-        except (OSError, ValueError) as error:
-            terminalreporter.write_line(
-                f"Could not write the plots of {suite.name}: {getattr(error, 'strerror', None) or error}."
-            )
-        else:
-            terminalreporter.write_line(f"Results: {file.path}, plots: {folder}, page: {page}")
+        told = [f"Results: {file.path}"]
+        steps: dict[Path, Callable[[], object]] = {
+            folder: partial(suite.draw, file.rows, folder),
+            page: partial(_write_page, file.path, page),
+        }
+        for path, write in steps.items():
+            try:
+                write()
+                told.append(str(path))
+            except (OSError, ValueError) as error:
+                told.append(f"could not write {path.name}: {error}")
+        terminalreporter.write_line(", ".join(told))
+
+
+def _write_page(csv: Path, page: Path) -> None:
+    write_report(build_report(csv), page)
 
 
 @pytest.fixture

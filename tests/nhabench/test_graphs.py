@@ -13,14 +13,14 @@ from nhabench import racing
 from nhabench.bench import make_lab
 from nhabench.compare import Ratio
 from nhabench.graphs import Graphs, capture, graph_ratio
-from nhabench.guard import WROTE, fingerprint, marks
+from nhabench.guard import WROTE, guarded, marks
 from nhabench.implementations import attend
 from nhabench.inputs import Inputs, make_inputs
-from nhabench.lab import Entry
+from nhabench.lab import Entry, attempt
 from nhabench.measure import measure_case
 from nhabench.racing import second_timer
 from nhabench.timers import compare_timers
-from nhabench.timing import LONG_MS, WARM_ROUNDS, Sample, Stopwatch, WallClock, agree
+from nhabench.timing import LONG_MS, WARM_ROUNDS, Sample, Stopwatch, WallClock, agree, summarise
 from nhabench.workloads import Workload
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -66,17 +66,18 @@ class Second:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, contenders: Any, tiny: Workload) -> None:
         self.patch = monkeypatch
-        self.inputs = [make_inputs(tiny.case(16, "float32"), CPU)]
-        o = attend(self.inputs[0], "chunked")
+        self.sets = guarded([make_inputs(tiny.case(16, "float32"), CPU)])
+        o = attend(self.sets.inputs[0], "chunked")
         held = torch.empty_like(o)
         self.graphs = Graphs([lambda: held.copy_(o)], held)
         self.entry = Entry(contenders.nha("a"), marks=marks(o))
         monkeypatch.setattr(racing, "capture", lambda calls: self.graphs)
 
-    def __call__(self, ratio: float) -> Entry:
+    def __call__(self, ratio: float, late: int = 0) -> Entry:
         self.patch.setattr(racing, "graph_ratio", lambda *_: Ratio(ratio, ratio - 0.002, ratio + 0.003, 20))
-        lab = SimpleNamespace(timer=WallClock())
-        second_timer(lab, self.entry, self.inputs, [fingerprint(one) for one in self.inputs], 2.0, 0.1)  # type: ignore[arg-type]
+        lab: Any = SimpleNamespace(timer=WallClock())
+        timing = summarise([2.0] * 6, late=late)
+        attempt(lab, self.entry, lambda: second_timer(lab, self.entry, timing, 0.1), self.sets)
         return self.entry
 
 
@@ -110,7 +111,7 @@ def test_a_graph_that_does_not_do_the_work_has_no_ratio(second: Second) -> None:
 
 
 def test_a_graph_that_writes_into_inputs_costs_its_contender_the_time_and_others_nothing(second: Second) -> None:
-    k = second.inputs[0].k
+    k = second.sets.inputs[0].k
     before, work = k.clone(), second.graphs.replays[0]
 
     def writes() -> None:
@@ -131,7 +132,23 @@ def test_what_cannot_be_captured_says_so_and_keeps_its_time(second: Second, monk
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
     entry = second(1.0)
     assert (entry.status, entry.changes) == ("", {})
-    assert entry.remarks == ["It cannot be captured in a CUDA graph: operation not permitted"]
+    assert entry.remarks == ["It cannot be timed as a CUDA graph: operation not permitted"]
+
+
+def test_a_graph_without_room_beside_its_calls_costs_no_time(second: Second, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_memory() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    second.graphs.replays[0] = no_memory
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    entry = second(1.0)
+    assert (entry.status, entry.changes) == ("", {})
+    assert entry.remarks == ["It cannot be timed as a CUDA graph: CUDA out of memory."]
+
+
+def test_nobody_says_that_timers_disagree_where_one_of_them_shows_the_host(second: Second) -> None:
+    entry = second(0.5, late=6)
+    assert (entry.changes, entry.remarks) == ({"graph_ratio": 0.5}, [])
 
 
 def test_a_cpu_has_one_timer(contenders: Any, tiny: Workload) -> None:
@@ -173,7 +190,7 @@ def test_what_cannot_be_captured_is_timed_all_the_same_and_costs_the_others_noth
     assert all(row.warm_ms for row in rows.values())
     for name in ("before", "after"):
         assert rows[name].graph_ratio == pytest.approx(1.0, abs=0.05)
-    assert "cannot be captured" in rows["waits"].note
+    assert "cannot be timed as a CUDA graph" in rows["waits"].note
     assert "does not do its work" in rows["idles"].note
     assert rows["waits"].graph_ratio is rows["idles"].graph_ratio is None
 
@@ -186,14 +203,18 @@ def test_a_failed_capture_is_over_for_the_allocator_too() -> None:
     for _ in range(3):
         with pytest.raises(RuntimeError):
             capture([waits])
-    reserved = torch.cuda.memory_reserved()
-    filled = [torch.empty(2**28, dtype=torch.uint8, device=GPU) for _ in range(4)]
-    del filled
-    # Whole memory but a little: it is only there when cached blocks are given back.
-    free, _ = torch.cuda.mem_get_info()
-    torch.empty(free + 2**29, dtype=torch.uint8, device=GPU)
-    assert torch.cuda.memory_reserved() > reserved
     torch.cuda.empty_cache()
+    _, whole = torch.cuda.mem_get_info()
+    room = 2**30  # of this process: other tests may use the GPU meanwhile
+    try:
+        torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + room) / whole)
+        cached = [torch.empty(room // 4, dtype=torch.uint8, device=GPU) for _ in range(3)]
+        del cached
+        # There is room for it only when cached blocks are given back.
+        assert torch.empty(room // 2 + room // 8, dtype=torch.uint8, device=GPU).numel() > room // 2
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+        torch.cuda.empty_cache()
 
 
 @needs_cuda

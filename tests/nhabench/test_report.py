@@ -337,7 +337,7 @@ def test_a_page_that_cannot_be_written_leaves_the_old_one(
     ("name", "text", "problem"),
     [
         (None, "", "got results: no CSV"),
-        ("notes.csv", "a,b\n1,2\n", "notes.csv: not a table of results"),
+        ("notes.csv", "a,b\n1,2\n", "got results: notes.csv: not a table of results"),
         ("forward.csv", "", "forward.csv: not a table of results"),
         ("forward.csv", to_csv([]), "forward.csv: holds no rows"),
         ("old.csv", "workload,implementation,status,median_ms\n", "old.csv: expected the columns of this version"),
@@ -372,7 +372,7 @@ def test_a_sweep_is_a_plot_of_its_own_and_its_widths_are_not(rows: list[Row], ro
     page = page_of(tmp_path)
     assert len(page.all("svg")) == 1
     (title,) = [title for title in page.tables if title.startswith("window")]
-    assert title == "window: 4/2 heads, D=16, T=512, window: data"
+    assert title == "window: 4/2 heads, D=16, M=8, T=512, window: data"
     header, *lines = page.tables[title]
     assert [line[header.index("W")] for line in lines] == ["8", "16", "512"] * 2
     assert [line[header.index("median, ms")] for line in lines[:3]] == ["2.000", "1.900", "4.000"]
