@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from nhabench import guard, racing, reference
 from nhabench import inputs as inputs_of
-from nhabench import racing, reference
 from nhabench.baselines import masked_softmax
 from nhabench.bench import make_lab
 from nhabench.cheats import (
@@ -238,3 +238,17 @@ def test_honest_work_on_a_gpu_is_in_turn() -> None:
         for _ in range(10):
             assert not out_of_turn(call, inputs.v, known)
     assert fingerprint(inputs) == fingerprint(make_inputs(case, inputs.q.device))
+
+
+@pytest.mark.parametrize("length", [1, 64, 200])
+def test_marks_do_not_hang_on_how_much_is_read_at_once(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    o = torch.randn(2, length, 4, 16, generator=torch.Generator().manual_seed(3))
+    whole = marks(o)
+    assert whole.projections.shape == (-(-length // guard.BLOCK), 2, guard.VECTORS)
+    assert whole.norm == pytest.approx(float(o.norm()))
+    monkeypatch.setattr(guard, "ROOM", 1)
+    assert torch.allclose(marks(o).projections, whole.projections, rtol=0, atol=1e-4)
+    in_blocks = marks(o)
+    o[1, -1] += 1.0  # of the last block of one sequence only
+    changed = (marks(o).projections != in_blocks.projections).any(-1).nonzero().tolist()
+    assert changed == [[len(whole.projections) - 1, 1]]

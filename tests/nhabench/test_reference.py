@@ -165,3 +165,16 @@ def test_a_long_reference_is_made_in_pieces_and_is_the_same(tiny: Workload, monk
     pieces, _ = judge.reference(inputs)
     assert (name, sizes) == ("chunked float64", [256, 256, 88] * 2)
     assert distance(pieces, whole).worst < 1e-12
+
+
+@pytest.mark.parametrize("length", [1, 64, 150])
+def test_a_distance_does_not_hang_on_how_much_is_read_at_once(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    truth = torch.randn(2, length, 4, 16, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
+    o = truth.float()
+    o[1, -1] += 0.5
+    whole = distance(o, truth)
+    parts = [truth[1, start : start + BLOCK] for start in range(0, length, BLOCK)]
+    assert whole.worst == pytest.approx(float((o[1, -1] - truth[1, -1]).norm() / parts[-1].norm()), rel=1e-5)
+    monkeypatch.setattr(reference, "ROOM", 1)
+    apart = distance(o, truth)
+    assert (apart.total, apart.worst) == pytest.approx((whole.total, whole.worst), rel=1e-12)
