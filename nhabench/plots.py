@@ -431,7 +431,7 @@ def floor(rows: Sequence[Row]) -> Figure | None:
     lines, absent = contest(rows, ("nha",))
     if not lines:
         return None
-    figure, axes = new_figure(3, right=0.88)
+    figure, axes = new_figure(3, right=0.865)
     timed = [row for line in lines.values() for row in line]
     first, leaders = timed[-1], leaders_of(rows, ("nha",))
     panels: tuple[tuple[str, Callable[[Row], float], float | None, str], ...] = (

@@ -18,6 +18,8 @@ from rich.console import Console
 
 from nhabench.bench import all_contenders
 from nhabench.crossover import find_crossover
+from nhabench.implementations import implementations
+from nhabench.packed import for_packed
 from nhabench.plots import draw_all, floor, latency, speedup, spread
 from nhabench.results import Row
 from nhabench.tables import milliseconds, print_tables
@@ -106,6 +108,15 @@ def test_every_line_is_named_beside_its_end_inside_the_figure_without_overlap(cr
         assert len(boxes) == count
         assert all(box.x1 <= figure.bbox.x1 for box in boxes)
         assert not any(a.overlaps(b) for index, a in enumerate(boxes) for b in boxes[index + 1 :])
+
+
+def test_the_longest_name_of_an_nha_is_inside_the_figure_of_the_floor(row: RowMaker) -> None:
+    longest = max((one.label for one in [*implementations(), *for_packed()] if one.family == "nha"), key=len)
+    figure = floor([row(seq_len=16384, sequences=4**n, label=longest) for n in range(5)])
+    assert figure is not None
+    figure.canvas.draw()
+    (box,) = [Text.get_window_extent(text) for text in labels(figure)]
+    assert box.x1 <= figure.bbox.x1
 
 
 def test_the_headline_is_the_finding_and_the_title_says_what_was_measured(row: RowMaker) -> None:
