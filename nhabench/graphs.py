@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import itertools
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ import torch
 
 from nhabench.compare import Ratio, take_turns
 from nhabench.contender import Call
-from nhabench.timing import WARM_ROUNDS, Timer
+from nhabench.timing import WARM_ROUNDS, Timer, next_ms
 
 
 @dataclass(frozen=True)
@@ -28,13 +27,11 @@ class Graphs:
 def graph_ratio(calls: Sequence[Call], graphs: Graphs, timer: Timer, seconds: float) -> Ratio:
     """The time of the graphs in units of that of the calls, timed in turns for `seconds` at most; all run before."""
 
-    def side(some: Sequence[Callable[[], object]]) -> Callable[[], float]:
-        stopwatch, rotated = timer.stopwatch(), itertools.cycle(some)
+    sides = next_ms(calls, timer), next_ms(graphs.replays, timer)
+    for side in sides:
         for _ in range(WARM_ROUNDS):
-            stopwatch(next(rotated))
-        return lambda: stopwatch(next(rotated)).ms
-
-    return take_turns(side(calls), side(graphs.replays), seconds)
+            side()
+    return take_turns(*sides, seconds)
 
 
 def capture(calls: Sequence[Call]) -> Graphs:

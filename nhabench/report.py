@@ -18,7 +18,7 @@ from nhabench.findings import crossing, findings, marked, overview
 from nhabench.plots import floor, latency, speedup, to_svg
 from nhabench.results import Row, is_table, load_rows, replace_file
 from nhabench.roofline import roofline
-from nhabench.sweeps import Size, finding, sweep, sweeps
+from nhabench.sweeps import Size, finding, shared_sizes, sweep, sweeps
 from nhabench.tables import grouped, reasons, shape
 from nhabench.trust import Figures, read_figures
 
@@ -191,10 +191,8 @@ def _only_swept(rows: Sequence[Row], swept: Sequence[tuple[Size, Sequence[Row]]]
 
 def _sweep(name: str, size: Size, rows: Sequence[Row], taken: set[str]) -> Group:
     first = rows[0]
-    heads = f"{first.q_heads}/{first.kv_heads} heads, D={first.head_dim}"
-    rest = f"M={first.slots}" if size == "window" else f"W={first.window}"
     packed = f", {first.sequences} packed" if first.sequences else ""
-    title = f"{size}: {heads}, {rest}{', rope' if first.rope else ''}, T={first.seq_len}{packed}"
+    title = f"{size}: {shared_sizes(first, size)}, T={first.seq_len}{packed}"
     anchor = _anchor(name, title, first, taken)
     figure = sweep(rows, size)
     plot = Plot(size, str(figure.get_label()), to_svg(figure, f"{anchor}-{size}"), 1, sweep_data(rows, size))

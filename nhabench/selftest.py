@@ -7,20 +7,20 @@ two processes of the same code differ by is for the rounds of `nhabench.regress`
 
 from __future__ import annotations
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from statistics import median
 
 import torch
 
 from nhabench.ceilings import open_device
 from nhabench.compare import take_turns
-from nhabench.contender import Contender
+from nhabench.contender import Call, Contender
 from nhabench.inputs import input_sets
-from nhabench.timing import WARM_ROUNDS
+from nhabench.timing import WARM_ROUNDS, next_ms
 from nhabench.workloads import Case
 
 GROUND = 0.1  # of a call's time: a pause that both sides make, so that the slower one has no further launch
@@ -66,18 +66,11 @@ def run_trials(
     calls = [contender.bind(one) for one in input_sets(case, device)]
 
     def side(pause: Callable[[], object]) -> Callable[[], float]:
-        stopwatch, rotated = timer.stopwatch(), itertools.cycle(calls)
+        def both(call: Call) -> None:
+            call()
+            pause()
 
-        def timed() -> float:
-            call = next(rotated)
-
-            def both() -> None:
-                call()
-                pause()
-
-            return stopwatch(both).ms
-
-        return timed
+        return next_ms([partial(both, call) for call in calls], timer)
 
     bare = side(lambda: None)
     for _ in range(WARM_ROUNDS):

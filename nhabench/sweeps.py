@@ -48,6 +48,12 @@ def sweeps(rows: Sequence[Row], size: Size) -> list[list[Row]]:
     return [group for group in groups.values() if len(set(map(reader_of(size), group))) > 2]
 
 
+def shared_sizes(row: Row, size: Size) -> str:
+    """The sizes that the rows of a sweep have in common, in words; without batch and length."""
+    rest = f"M={row.slots}" if size == "window" else f"W={row.window}"
+    return f"{row.q_heads}/{row.kv_heads} heads, D={row.head_dim}, {rest}{', rope' if row.rope else ''}"
+
+
 def draw_sweeps(size: Size, rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draw every sweep of the rows into the folder, as <size>-<heads>-D<D>-T<T>.png; returns the paths. Raises OSError.
 
@@ -79,10 +85,7 @@ def sweep(rows: Sequence[Row], size: Size) -> Figure:
     axis.set_xlim(-0.3, len(values) - 0.8)
     axis.set_xlabel(NAMES[size])
     plain_axis(axis)
-    rest = f"M={first.slots}" if size == "window" else f"W={first.window}"
-    rope = ", rope" if first.rope else ""
-    shared = f"{first.q_heads}/{first.kv_heads} heads, D={first.head_dim}, {rest}{rope}, {first.dtype}"
-    sizes = f"{shared}; B x T = {first.batch} x {first.seq_len}"
+    sizes = f"{shared_sizes(first, size)}, {first.dtype}; B x T = {first.batch} x {first.seq_len}"
     headline(figure, finding(rows, size), "Forward latency", rows, (), sizes)
     label_ends(axis, ends_of(lines, time_of, leaders, place))
     return figure

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +14,7 @@ from nhabench.contender import Call, Contender
 from nhabench.errors import first_line
 from nhabench.graphs import capture, graph_ratio
 from nhabench.inputs import Inputs, input_sets
-from nhabench.timing import Timer, agree
+from nhabench.timing import Timer, agree, next_ms
 from nhabench.workloads import Case
 
 LENGTHS_MS = (0.06, 0.25, 1.0)  # about, of calls that do nothing but read and write
@@ -49,8 +48,8 @@ def compare_timers(contenders: Sequence[Contender], case: Case, device: torch.de
     inputs = input_sets(case, device)
     able = [one for one in contenders if not (one.missing(device) or one.cannot(case, device))]
     found = [_both(one.label, partial(_bind, one, inputs), timer, seconds) for one in able]
-    stopwatch, copy = timer.stopwatch(), _copy(PROBE, device)
-    probe_ms = min(stopwatch(copy).ms for _ in range(SAMPLES))
+    probe = next_ms(_copies(PROBE, device), timer)
+    probe_ms = min(probe() for _ in range(SAMPLES))
     for wanted in LENGTHS_MS:
         elements = int(PROBE * wanted / probe_ms)
         found.append(_both(f"a copy of about {wanted:g} ms", partial(_copies, elements, device), timer, seconds))
@@ -61,8 +60,8 @@ def _both(name: str, make: Callable[[], list[Call]], timer: Timer, seconds: floa
     try:
         calls = make()
         ratio = graph_ratio(calls, capture(calls), timer, seconds)
-        stopwatch, rotated = timer.stopwatch(), itertools.cycle(calls)
-        ms = median([stopwatch(next(rotated)).ms for _ in range(SAMPLES)])
+        sample = next_ms(calls, timer)
+        ms = median(sample() for _ in range(SAMPLES))
     except Exception as error:  # told beside what the others say
         return TwoTimes(name, None, None, None, None, False, first_line(error))
     return TwoTimes(name, ms, ratio.median, ratio.low, ratio.high, agree(ms, ratio.median))
@@ -73,11 +72,7 @@ def _bind(contender: Contender, inputs: Sequence[Inputs]) -> list[Call]:
 
 
 def _copies(elements: int, device: torch.device) -> list[Call]:
-    return [_copy(elements, device)]
-
-
-def _copy(elements: int, device: torch.device) -> Call:
     # A kernel, not the copy engine, which a graph would start in another way.
     source = torch.ones(elements, dtype=torch.bfloat16, device=device)
     target = torch.empty_like(source)
-    return lambda: torch.neg(source, out=target)
+    return [lambda: torch.neg(source, out=target)]

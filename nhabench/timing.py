@@ -282,6 +282,12 @@ class _Runner:
         return summarise(self.samples, self.stop, late)
 
 
+def next_ms(calls: Sequence[Callable[[], object]], timer: Timer) -> Callable[[], float]:
+    """What times the next of the calls, one for each input set, and gives its ms; behind the last comes the first."""
+    stopwatch, rotated = timer.stopwatch(), itertools.cycle(calls)
+    return lambda: stopwatch(next(rotated)).ms
+
+
 def in_turns(calls: Sequence[Callable[[], object]]) -> TimedCall:
     """Calls, one for each input set, as one that takes the number of the set."""
     return lambda turn: calls[turn]()
