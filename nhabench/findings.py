@@ -128,7 +128,7 @@ def overview(groups: Sequence[Sequence[Row]]) -> str:
     everywhere = sum(crossover.seq_len is not None and crossover.at is None for crossover in crossovers)
     return (
         f"NHA is faster than full attention at the largest length of {at_last} of the {len(crossovers)} workloads that "
-        f"timed both, and at every length of {everywhere}."
+        f"timed both, and at every length of {everywhere or 'none'}."
     )
 
 

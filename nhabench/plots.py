@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 import re
+import textwrap
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from nhabench.tables import FAMILIES, grouped, shape, significant
 
 DPI = 150
 LABEL_POINTS = 8.5
+LINE = 12.3  # characters of a line below the headline, in an inch
 LABEL_GAP = 1.25  # in heights of a label
 
 # Okabe and Ito's palette: a colour for each family, so that the eye finds NHA against full against linear first; within
@@ -184,10 +186,11 @@ def headline(
     remarks += [remark] if (remark := of_several_runs(rows)) else []
     if any(HOST_TIME in row.timer for row in rows):
         remarks.append("hollow: includes host time")
-    if remarks:
-        where += "\n" + "; ".join(remarks)
-        if len(figure.axes) > 1:  # these have titles of their own
-            figure.subplots_adjust(top=figure.subplotpars.top - 0.05)
+    where = "\n".join(
+        [*textwrap.wrap(where, int(LINE * figure.get_figwidth())), *(["; ".join(remarks)] if remarks else [])]
+    )
+    if "\n" in where and len(figure.axes) > 1:  # these have titles of their own
+        figure.subplots_adjust(top=figure.subplotpars.top - 0.05)
     figure.text(left, 0.925 if len(figure.axes) == 1 else 0.905, where, fontsize=9.5, va="top", color="#333333")
     if absent:
         figure.text(0.99, 0.02, "\n".join(["slower, not drawn:", *absent]), fontsize=8, ha="right", color="#333333")

@@ -126,10 +126,16 @@ def place_of(row: Row) -> Place:
 
 
 def where(places: set[Place]) -> str:
-    """'T=1024, 2048, llama-3-8b', of one workload, or of as many as there are."""
-    lengths: dict[str, set[int]] = {}
-    for _, name, length in places:
-        lengths.setdefault(name, set()).add(length)
-    told = "; ".join(f"{name}={', '.join(map(str, sorted(some)))}" for name, some in sorted(lengths.items()))
-    names = sorted({workload for workload, _, _ in places})
-    return f"{told}, {names[0] if len(names) == 1 else f'{len(names)} workloads'}"
+    """'T=1024, 2048, llama-3-8b', or how many workloads; those of other lengths behind a semicolon."""
+    lengths: dict[str, dict[str, set[int]]] = {}
+    for workload, name, length in sorted(places):
+        lengths.setdefault(workload, {}).setdefault(name, set()).add(length)
+    alike: dict[str, list[str]] = {}
+    for workload, some in lengths.items():
+        told = "; ".join(f"{name}={', '.join(map(str, sorted(own)))}" for name, own in sorted(some.items()))
+        alike.setdefault(told, []).append(workload)
+    return "; ".join(f"{told}, {_named(workloads)}" for told, workloads in alike.items())
+
+
+def _named(workloads: Sequence[str]) -> str:
+    return workloads[0] if len(workloads) == 1 else f"{len(workloads)} workloads"

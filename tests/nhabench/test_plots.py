@@ -22,7 +22,7 @@ from nhabench.implementations import implementations
 from nhabench.packed import for_packed
 from nhabench.plots import draw_all, floor, latency, speedup, spread
 from nhabench.results import Row
-from nhabench.tables import milliseconds, print_tables
+from nhabench.tables import milliseconds, print_tables, where
 
 RowMaker = Callable[..., Row]
 
@@ -273,6 +273,16 @@ def test_the_second_line_of_a_subtitle_stays_above_the_axes(row: RowMaker) -> No
         assert box.y0 >= max([*tops, *(axis.get_window_extent().y1 for axis in figure.axes)])
 
 
+@pytest.mark.parametrize("draw", [latency, speedup, floor])
+def test_a_long_subtitle_stays_inside_the_figure(draw: Callable[..., Figure | None], row: RowMaker) -> None:
+    changes = dict(workload="qwen2.5-7b-w1024-m128-rope", rope=True, device="NVIDIA GH200 144G HBM3e", seq_len=2048)
+    for case in (changes, {**changes, "workload": "llama-3-8b"}):
+        rival = dict(implementation="sdpa-cudnn", label="full: cuDNN", family="full", median_ms=2.0)
+        figure = draw([row(**case, median_ms=1.0), row(**case, **rival)])
+        assert figure is not None
+        assert all(text.get_window_extent().x1 <= figure.bbox.x1 for text in figure.texts)
+
+
 def test_plots_of_one_point_and_of_no_rival_are_drawn(row: RowMaker, tmp_path: Path) -> None:
     names = [path.name for path in draw_all([row()], tmp_path)]
     assert names == ["forward-tiny-latency.png", "forward-tiny-floor.png"]
@@ -334,6 +344,12 @@ def test_reasons_that_differ_in_their_numbers_are_told_once(row: RowMaker) -> No
     print_tables(rows, Console(file=text, width=120))
     lines = [line for line in text.getvalue().splitlines() if "unsupported" in line]
     assert lines == ["NHA chunked (T=1024, 2048, 4096, tiny): unsupported. It takes 10.2 GiB of 4 GiB. (T=1024, tiny)"]
+
+
+def test_lengths_are_told_of_the_workload_that_they_are_of() -> None:
+    both = {("a", "T", 512), ("a", "T", 1024), ("b", "T", 1024), ("b", "T", 512)}
+    assert where(both) == "T=512, 1024, 2 workloads"
+    assert where({*both, ("c", "T", 2048)}) == "T=512, 1024, 2 workloads; T=2048, c"
 
 
 def test_milliseconds_keep_three_digits() -> None:
