@@ -10,9 +10,10 @@ from __future__ import annotations
 import contextlib
 import importlib
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from importlib import metadata
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -29,8 +30,13 @@ from nhabench.floors import (
     simple_gla_floor,
     window_floor,
 )
-from nhabench.inputs import Inputs
+from nhabench.inputs import Inputs, offsets
+from nhabench.outputs import Step
+from nhabench.training import leaf, step
 from nhabench.workloads import Case
+
+if TYPE_CHECKING:
+    from nha_kernels.flash_window import Packing, WindowKernel
 
 PACKED = "It takes no packed sequences: it would attend across their boundaries."
 MATH_BYTES = 4 * 2**30  # what the T x T matrices of the math backend may take
@@ -114,9 +120,9 @@ def _sdpa_contender(name: str) -> Contender:
 
     def bind(inputs: Inputs) -> Call:
         x = inputs.rotated
-        q, k, v = x.q.transpose(1, 2), x.k.transpose(1, 2), x.v.transpose(1, 2)
 
         def call() -> torch.Tensor:
+            q, k, v = x.q.transpose(1, 2), x.k.transpose(1, 2), x.v.transpose(1, 2)
             try:
                 return _run_sdpa(backend, q, k, v).transpose(1, 2)
             except RuntimeError as error:
@@ -163,16 +169,16 @@ def _flash_attn_contender(name: str, label: str, module: str, distributions: tup
     def bind(inputs: Inputs) -> Call:
         package, x = importlib.import_module(module), inputs.rotated
         if x.cu_seqlens is None:
-            attend, q, k, v = partial(package.flash_attn_func, causal=True), x.q, x.k, x.v
+            attend = partial(package.flash_attn_func, causal=True)
         else:
             cu, longest = x.cu_seqlens, max(x.case.lengths)
             attend = partial(
                 package.flash_attn_varlen_func, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest,
                 max_seqlen_k=longest, causal=True,
             )  # fmt: skip
-            q, k, v = x.q[0], x.k[0], x.v[0]
 
         def call() -> torch.Tensor:
+            q, k, v = (x.q, x.k, x.v) if x.cu_seqlens is None else (x.q[0], x.k[0], x.v[0])
             out: Any = attend(q, k, v)
             result: torch.Tensor = out[0] if isinstance(out, tuple) else out  # early FA3 adds the log-sum-exp
             return result.view_as(x.q)
@@ -229,6 +235,22 @@ def blocked_window(
     return o.transpose(1, 2).reshape(batch, blocks * window, heads, size)[:, :length]
 
 
+class _WindowKernel(torch.autograd.Function):
+    """(kernel, packing, q [B*T,HQ,D], k and v [B*T,H,D]) -> o [B*T,HQ,D], with the kernel's own backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, kernel: WindowKernel, packing: Packing, *qkv: torch.Tensor) -> torch.Tensor:
+        q, k, v = qkv
+        o, lse, ctx.saved = kernel.forward(q, k, v, packing)
+        ctx.save_for_backward(q, k, v, o, lse)
+        ctx.kernel, ctx.packing = kernel, packing
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, do: torch.Tensor) -> tuple[Any, ...]:
+        return None, None, *ctx.kernel.backward(do, *ctx.saved_tensors, ctx.packing, ctx.saved)
+
+
 def _window_contender() -> Contender:
     """The window alone: a flash kernel where there is one (CUDA, 16 bit), blocks through SDPA elsewhere."""
 
@@ -239,11 +261,15 @@ def _window_contender() -> Contender:
         from nha_kernels.flash_window import Packing, window_attention, window_kernel
 
         scale = inputs.q.shape[-1] ** -0.5
-        if x.cu_seqlens is None:
+        if x.cu_seqlens is None and not x.case.training:
             return lambda: window_attention(x.q, x.k, x.v, window, scale)
         kernel = window_kernel(torch.cuda.get_device_capability(x.q.device))
         longest = max(x.case.lengths)
-        packing = Packing(x.cu_seqlens, x.cu_seqlens, longest, longest, window, scale)
+        cu = offsets(x.case, x.q.device) if x.cu_seqlens is None else x.cu_seqlens
+        packing = Packing(cu, cu, longest, longest, window, scale)
+        if x.case.training:
+            qkv = x.q, x.k, x.v
+            return lambda: _WindowKernel.apply(kernel, packing, *(y.flatten(0, 1) for y in qkv)).view_as(x.q)
         return lambda: kernel.forward(x.q[0], x.k[0], x.v[0], packing)[0].view_as(x.q)
 
     def cannot(case: Case, device: torch.device) -> str | None:
@@ -333,9 +359,8 @@ def _fla_contender(name: str, label: str, path: str, floor: FloorFunction) -> Co
         refuses = name == "gated-delta-rule" and case.dtype == "float32"
         return "Its chunk kernel takes 16-bit inputs, not float32." if refuses else None
 
-    def bind(inputs: Inputs) -> Call:
+    def on(operands: Sequence[torch.Tensor], cu: torch.Tensor | None) -> Call:
         operation = getattr(importlib.import_module(module), function)
-        operands, cu = _fla_operands(name, inputs), inputs.cu_seqlens
         packed = {} if cu is None else {"cu_seqlens": cu.long()}
 
         def call() -> torch.Tensor:
@@ -344,8 +369,25 @@ def _fla_contender(name: str, label: str, path: str, floor: FloorFunction) -> Co
 
         return call
 
+    def train(inputs: Inputs) -> Step:
+        leaves = [leaf(x) for x in _fla_operands(name, inputs)]
+        call = step(on(leaves, inputs.cu_seqlens), leaves, inputs)
+
+        def or_refuse() -> tuple[torch.Tensor, ...]:
+            try:
+                return call()
+            except RuntimeError as error:
+                if "Triton" in str(error) and "Hopper" in str(error):  # of whose gradients it knows that they are wrong
+                    raise Unsupported(" ".join(str(error).split())) from error
+                raise
+
+        return or_refuse
+
     remark = "Keys, values and gates are repeated to all query heads before the timed call."
-    return Contender(name, label, "linear", floor, bind, missing, cannot, remark=remark)
+    return Contender(
+        name, label, "linear", floor, lambda x: on(_fla_operands(name, x), x.cu_seqlens), missing, cannot,
+        remark=remark, train=train,
+    )  # fmt: skip
 
 
 def baselines() -> list[Contender]:

@@ -10,6 +10,7 @@ import torch
 
 from nhabench.floors import FloorFunction
 from nhabench.inputs import Inputs
+from nhabench.outputs import Step
 from nhabench.workloads import Case
 
 Family = Literal["nha", "full", "window", "linear"]
@@ -29,13 +30,17 @@ class Contender:
     family    what it computes
     floor     the least its operation must do at a case
     bind      inputs -> a call without arguments that returns o [B,T,HQ,D]. Only the call is timed, so bind does what a
-              model would not do at each forward pass: views, random gates, heads repeated for a kernel that wants it.
+              model would not do at each forward pass: random gates, heads repeated for a kernel that wants it.
+              In training q, k, v (and g of NHA) want gradients, and all that is made of them is made in the call, views
+              too: of one that outlives a refill, autograd finds the gradient in another, longer way.
     missing   a sentence saying why it cannot run on this device or installation at all, or None
     cannot    a sentence saying why it cannot serve this case on this device, or None
     quadratic its time grows with T*T for a sequence, not with T
     exact     what it should return, straight from the definition and in the dtype of the inputs (small T only). Of
               packed sequences it is asked for each by itself
     remark    what a reader should know about how it was run
+    train     inputs -> the call of a training step, where that is not to be made of bind: of operands that are made of
+              the inputs beforehand, say
     """
 
     name: str
@@ -48,6 +53,7 @@ class Contender:
     quadratic: bool = False
     exact: Callable[[Inputs], torch.Tensor] | None = None
     remark: str = ""
+    train: Callable[[Inputs], Step] | None = None
 
 
 class Unsupported(Exception):

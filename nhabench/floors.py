@@ -5,6 +5,11 @@ Sizes: B batch, T length, HQ query heads, H kv heads, D head size, M slots, W wi
 input is read once and every output written once; keys, values and gates exist once for each kv head, whatever an
 implementation may repeat. A multiply-add counts as two operations; exponentials are not counted. What is kept of the
 past is kept for each sequence, of the batch or packed: tokens in e bytes a number, a recurrent state in fp32.
+
+In training the backward pass reads the inputs, o and the gradient that arrives at it, and writes a gradient for each
+input: three times the bytes of the forward pass, all in all. Every product is followed by two, for the gradients of its
+two operands, and softmax attention computes its logits once more: 5 against 2. A decay of a number in a state is
+followed by 4 operations, a multiply-add for the gradient of the decay and another for that of the state.
 """
 
 from __future__ import annotations
@@ -47,7 +52,8 @@ def _floor(case: Case, gates: int, flops: int, state_bytes: int) -> Floor:
     """`gates`: elements of gates for each token and kv head, beside q, k, v and o."""
     w = case.workload
     elements = 2 * w.q_heads * w.head_dim + w.kv_heads * (2 * w.head_dim + gates)
-    return Floor(case.tokens * elements * case.torch_dtype.itemsize + case.offset_bytes, flops, state_bytes)
+    once, offsets = case.tokens * elements * case.torch_dtype.itemsize, case.offset_bytes
+    return Floor(3 * once + 2 * offsets if case.training else once + offsets, flops, state_bytes)
 
 
 def _kept_tokens(case: Case, tokens: int, gates: int = 0) -> int:
@@ -62,27 +68,38 @@ def _recurrent(case: Case, rows: int) -> int:
     return len(case.lengths) * case.workload.kv_heads * rows * case.workload.head_dim * 4
 
 
+def _attention(case: Case, pairs: int) -> int:
+    """Of `pairs` (query, key or slot) of each query head: the logits and the weighted sum of values, and in training
+    the five products of their gradients, 2 D operations each."""
+    w = case.workload
+    return w.q_heads * pairs * 2 * w.head_dim * (7 if case.training else 2)
+
+
+def _updates(case: Case, numbers: int, products: int, decays: int) -> int:
+    """Of `numbers` in a kv head's state: products and decays that enter each of them with a token."""
+    products, decays = (3 * products, 5 * decays) if case.training else (products, decays)
+    return case.tokens * case.workload.kv_heads * numbers * (2 * products + decays)
+
+
 def _softmax_flops(case: Case, window: int) -> int:
-    # Logits and the weighted sum of values: 2 D operations each for a pair.
-    pairs = sum(_attended(length, window) for length in case.lengths)
-    return case.workload.q_heads * pairs * 4 * case.workload.head_dim
+    return _attention(case, sum(_attended(length, window) for length in case.lengths))
 
 
 def _slot_flops(case: Case) -> int:
-    # Reading M slots costs a query head 2 D for the logit and 2 D for the value; updating one costs a kv head a decay
-    # and a multiply-add for each of its 2 D numbers.
+    # Keys and values of M slots are a state of 2 M D numbers.
     w = case.workload
-    return case.tokens * w.slots * w.head_dim * (4 * w.q_heads + 6 * w.kv_heads)
+    return _attention(case, case.tokens * w.slots) + _updates(case, 2 * w.slots * w.head_dim, products=1, decays=1)
 
 
-def _state_flops(case: Case, updates: int = 1) -> int:
+def _state_flops(case: Case, updates: int = 1, decays: int = 0) -> int:
     # A D x D state for each kv head, updated with rank-one products, and read by each query head.
     w = case.workload
-    return case.tokens * 2 * w.head_dim**2 * (w.q_heads + updates * w.kv_heads)
+    reads = case.tokens * w.q_heads * 2 * w.head_dim**2 * (3 if case.training else 1)
+    return reads + _updates(case, w.head_dim**2, updates, decays)
 
 
 def nha_floor(case: Case) -> Floor:
-    """Native hybrid attention, forward: slots and window."""
+    """Native hybrid attention: slots and window."""
     w = case.workload
     # A rotation takes four multiplications and two additions for each pair of numbers.
     rotation = 3 * case.tokens * (w.q_heads + w.kv_heads) * w.head_dim if w.rope else 0
@@ -110,14 +127,14 @@ def linear_floor(case: Case) -> Floor:
 def gla_floor(case: Case) -> Floor:
     """Gated linear attention: a gate for each element of a key, and a decay of each element of the state."""
     w = case.workload
-    flops = _state_flops(case) + case.tokens * w.kv_heads * w.head_dim**2
+    flops = _state_flops(case, decays=1)
     return _floor(case, w.head_dim, flops, _recurrent(case, w.head_dim))
 
 
 def simple_gla_floor(case: Case) -> Floor:
     """Gated linear attention with one gate for each head."""
     w = case.workload
-    flops = _state_flops(case) + case.tokens * w.kv_heads * w.head_dim**2
+    flops = _state_flops(case, decays=1)
     return _floor(case, 1, flops, _recurrent(case, w.head_dim))
 
 
@@ -129,7 +146,7 @@ def gsa_floor(case: Case) -> Floor:
 def delta_rule_floor(case: Case) -> Floor:
     """The gated delta rule: gate and step size for each head; the state is read before each update, and decays."""
     w = case.workload
-    flops = _state_flops(case, updates=2) + case.tokens * w.kv_heads * w.head_dim**2
+    flops = _state_flops(case, updates=2, decays=1)
     return _floor(case, 2, flops, _recurrent(case, w.head_dim))
 
 

@@ -12,19 +12,19 @@ from functools import cache
 import torch
 
 from nhabench.compare import Ratio, take_turns
-from nhabench.contender import Call
+from nhabench.outputs import Output, Step
 from nhabench.timing import WARM_ROUNDS, Timer, next_ms
 
 
 @dataclass(frozen=True)
 class Graphs:
-    """A graph of each of a contender's calls, and the output [B,T,HQ,D] that a replay of the first one writes."""
+    """A graph of each of a contender's calls, and the output that a replay of the first one writes."""
 
     replays: list[Callable[[], None]]
-    o: torch.Tensor
+    o: Output
 
 
-def graph_ratio(calls: Sequence[Call], graphs: Graphs, timer: Timer, seconds: float) -> Ratio:
+def graph_ratio(calls: Sequence[Step], graphs: Graphs, timer: Timer, seconds: float) -> Ratio:
     """The time of the graphs in units of that of the calls, timed in turns for `seconds` at most; all run before."""
 
     sides = next_ms(calls, timer), next_ms(graphs.replays, timer)
@@ -34,14 +34,14 @@ def graph_ratio(calls: Sequence[Call], graphs: Graphs, timer: Timer, seconds: fl
     return take_turns(*sides, seconds)
 
 
-def capture(calls: Sequence[Call]) -> Graphs:
+def capture(calls: Sequence[Step]) -> Graphs:
     """Capture the calls, one for each input set; each is made once before, so that it finds all that it keeps.
 
     Raises what a call raises, and RuntimeError where it cannot be captured. The graphs share their memory, but for the
     first one's output: no two must be replayed at the same time.
     """
     pool = torch.cuda.graph_pool_handle()
-    outputs: list[torch.Tensor] = []
+    outputs: list[Output] = []
     graphs = []
     with _undisturbed():
         for call in calls:

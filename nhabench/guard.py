@@ -8,14 +8,16 @@ done in its turn, between what was queued before the call and what is queued beh
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypeGuard
 
 import torch
 import torch.nn.functional as F
 
-from nhabench.contender import Call
 from nhabench.inputs import Inputs, make_inputs
+from nhabench.outputs import Output, Step, fill, tensors_of
 from nhabench.timing import host_clock
 
 BLOCK = 64  # tokens
@@ -34,6 +36,7 @@ REMEMBERED = "Its output does not follow its inputs: with new values in the same
 OUT_OF_TURN = "Its work is not done between what is queued before the call and what is queued behind it."
 AN_INPUT = "Its output is memory of its inputs, which an output overwrites."
 NO_TENSOR = "Its output is not a plain tensor, so the work may begin only when somebody reads it."
+NO_GRADIENTS = "It did not return gradients as plain tensors, so the work may begin only when somebody reads them."
 
 # As they are now: a contender could put others in their place.
 _spin, _synchronize = torch.cuda._sleep, torch.cuda.synchronize
@@ -41,30 +44,60 @@ _record, _query = torch.cuda.Event.record, torch.cuda.Event.query
 
 
 @dataclass(frozen=True)
-class Marks:
-    """An output in short: its norm, and for each sequence and block of tokens projections on a few random vectors."""
+class Mark:
+    """A tensor in short: its norm, and for each sequence and block of tokens projections on a few random vectors."""
 
     norm: float
     projections: torch.Tensor  # [blocks, B, VECTORS]
 
-    def distance(self, other: Marks) -> float:
-        """How far apart two outputs are, relative to the first; NaN where one of them holds NaN."""
+    def distance(self, other: Mark) -> float:
+        """How far apart two tensors are, relative to the first; NaN where one of them holds NaN."""
+        if self.projections.shape != other.projections.shape:
+            return math.inf
         difference = float((self.projections - other.projections).norm())
         return difference / self.norm if self.norm else difference
 
 
-def marks(o: torch.Tensor) -> Marks:
-    """Of an output [B, T, HQ, D], of which no more is copied at once than ROOM numbers, or a block."""
+@dataclass(frozen=True)
+class Marks:
+    """An output in short: each of its tensors."""
+
+    parts: tuple[Mark, ...]
+
+    def distance(self, other: Marks) -> float:
+        """How far apart the two outputs are in the tensor in which they are farthest; NaN where any holds NaN."""
+        return float(self._distances(other).max())
+
+    def change(self, other: Marks) -> float:
+        """The same in the tensor in which they are nearest. What is 0 in both does not count: gradients of gates are,
+        where nothing enters the slots."""
+        apart = self._distances(other)
+        counts = torch.tensor([part.norm > 0 for part in self.parts]) | (apart != 0)
+        return float(apart[counts].min()) if counts.any() else 0.0
+
+    def _distances(self, other: Marks) -> torch.Tensor:
+        if len(self.parts) != len(other.parts):
+            return torch.full((len(self.parts),), math.inf)
+        return torch.tensor([one.distance(new) for one, new in zip(self.parts, other.parts, strict=True)])
+
+
+def marks(o: Output) -> Marks:
+    """Of an output."""
+    return Marks(tuple(mark(x) for x in tensors_of(o)))
+
+
+def mark(o: torch.Tensor) -> Mark:
+    """Of a tensor [B, T, ...], of which no more is copied at once than ROOM numbers, or a block."""
     generator = torch.Generator(o.device).manual_seed(11)
-    size = BLOCK * o.shape[2] * o.shape[3]
+    size = BLOCK * o[0, 0].numel()
     vectors = torch.randn(size, VECTORS, generator=generator, device=o.device).div_(VECTORS**0.5)
     norms, projections = [], []
     for part in o.split(BLOCK * max(1, ROOM // (o.shape[0] * size)), dim=1):
-        filled = F.pad(part, (0, 0, 0, 0, 0, -part.shape[1] % BLOCK))
+        filled = F.pad(part.flatten(2), (0, 0, 0, -part.shape[1] % BLOCK))
         blocks = filled.unflatten(1, (-1, BLOCK)).flatten(2).float()  # [B, some, size]
         norms.append(blocks.norm())
         projections.append((blocks @ vectors).transpose(0, 1))
-    return Marks(float(torch.stack(norms).norm()), torch.cat(projections).cpu())
+    return Mark(float(torch.stack(norms).norm()), torch.cat(projections).cpu())
 
 
 def fingerprint(inputs: Inputs) -> tuple[int, ...]:
@@ -101,14 +134,20 @@ def guarded(inputs: list[Inputs]) -> Sets:
     return Sets(inputs, [fingerprint(one) for one in inputs])
 
 
-def plain(o: object) -> TypeGuard[torch.Tensor]:
-    """Whether an output is a tensor and nothing that only looks like one."""
-    return type(o) is torch.Tensor
+def plain(o: object) -> TypeGuard[Output]:
+    """Whether an output is a tensor, or a tuple of them, and nothing that only looks like one."""
+    return type(o) is torch.Tensor or (type(o) is tuple and len(o) > 0 and all(type(x) is torch.Tensor for x in o))
 
 
-def shares_memory(o: torch.Tensor, inputs: Inputs) -> bool:
-    """Whether an output lies where one of the inputs does."""
-    return o.untyped_storage().data_ptr() in {x.untyped_storage().data_ptr() for x in inputs.tensors()}
+def shares_memory(o: Output, inputs: Inputs) -> bool:
+    """Whether an output, or a part of it, lies where one of the inputs does."""
+    taken = {x.untyped_storage().data_ptr() for x in inputs.tensors()}
+    return any(x.untyped_storage().data_ptr() in taken for x in tensors_of(o))
+
+
+def same_place(o: Output, other: Output) -> bool:
+    """Whether two outputs, or parts of them, are the same memory."""
+    return any(x.data_ptr() == y.data_ptr() for x, y in zip(tensors_of(o), tensors_of(other), strict=False))
 
 
 def refill(inputs: Inputs, seed: int) -> None:
@@ -116,43 +155,49 @@ def refill(inputs: Inputs, seed: int) -> None:
     inputs.copy_(make_inputs(inputs.case, inputs.q.device, seed))
 
 
-def spoil(o: torch.Tensor) -> None:
+def spoil(o: Output) -> None:
     """Overwrite the first tokens of an output that was timed: none may be the next one's, who gets its memory."""
-    o[:, : -(-o.shape[1] // SPOILT_PART)].zero_()
+    for x in tensors_of(o):
+        x[:, : -(-x.shape[1] // SPOILT_PART)].zero_()
 
 
-def out_of_turn(call: Call, v: torch.Tensor, known: Marks) -> bool:
+def out_of_turn(call: Step, sources: Output, known: Marks) -> bool:
     """Whether a call's work on a GPU is done at another time than between what was queued before and behind it.
 
-    v: the values that it reads; known: marks of its output. While the device sleeps in front of the call, v holds NaN:
-    work that is done ahead, by a stream that does not wait for the one of the call, shows NaN. So does what is queued
-    behind the call, if it does not wait for the work. Contenders that read a copy of v, made when they were bound, can
-    only be told to work too late.
+    sources: the values that it reads, in training those and do; known: marks of its output. While the device sleeps in
+    front of the call, they hold NaN: work that is done ahead, by a stream that does not wait for the one of the call,
+    shows NaN. So does what is queued behind the call, if it does not wait for the work. Contenders that read copies,
+    made when they were bound, can only be told to work too late.
     """
     begin = host_clock()
     o = call()
     _synchronize()
     seconds = host_clock() - begin
-    values = v.clone()
+    values = [x.clone() for x in tensors_of(sources)]
     try:
         for look in range(LOOKS):
-            o.fill_(torch.nan)  # the next call, which asks for memory as this one did, gets this memory
+            fill(o, torch.nan)  # the next call, which asks for memory as this one did, gets this memory
             del o
-            v.fill_(torch.nan)
+            fill(sources, torch.nan)
             _synchronize()
             _spin(int((1.5 * seconds + 0.006 * 4**look) * CYCLES_PER_S))
             awake = torch.cuda.Event()
             _record(awake)
-            v.copy_(values)
+            _put_back(sources, values)
             o = call()
-            behind = o.clone()
+            behind = tuple(x.clone() for x in tensors_of(o))
             in_time = not _query(awake)
             _synchronize()
             if not known.distance(marks(behind)) <= SAME:
                 return True
-            behind.fill_(torch.nan)
+            fill(behind, torch.nan)
             if in_time:
                 break  # else the host was held up, or the call waits for the device; which, a longer sleep shows
     finally:
-        v.copy_(values)
+        _put_back(sources, values)
     return False
+
+
+def _put_back(sources: Output, values: Sequence[torch.Tensor]) -> None:
+    for x, value in zip(tensors_of(sources), values, strict=True):
+        x.copy_(value)

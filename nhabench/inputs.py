@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,7 +29,8 @@ class Inputs:
     """q [B,T,HQ,D], k and v [B,T,H,D], and the log forget gates g [B,T,H,M] <= 0, all in the case's dtype.
 
     rope: of a workload with a rotary embedding, its tables (cos, sin) [T, D/2] in fp32. cu_seqlens: of N packed
-    sequences, where they begin and the last one ends, [N + 1] in int32.
+    sequences, where they begin and the last one ends, [N + 1] in int32. do: in training, the gradient that arrives at
+    the output, [B,T,HQ,D].
     """
 
     case: Case
@@ -38,6 +40,7 @@ class Inputs:
     g: torch.Tensor
     rope: tuple[torch.Tensor, torch.Tensor] | None = None
     cu_seqlens: torch.Tensor | None = None
+    do: torch.Tensor | None = None
 
     def to(self, dtype: torch.dtype) -> Inputs:
         """The same values in another dtype (float64 for a reference)."""
@@ -49,15 +52,30 @@ class Inputs:
 
     def apart(self) -> Iterator[Inputs]:
         """Every sequence by itself, as views."""
-        for length, q, k, v, g in zip(
-            self.case.lengths, *map(self.parts, (self.q, self.k, self.v, self.g)), strict=True
-        ):
+        parts = {name: self.parts(x) for name, x in self._by_token.items()}
+        for number, length in enumerate(self.case.lengths):
             case = dataclasses.replace(self.case, batch=1, seq_len=length, sequences=0)
-            yield Inputs(case, q, k, v, g, self.rope)
+            own: dict[str, Any] = {name: some[number] for name, some in parts.items()}
+            yield dataclasses.replace(self, case=case, cu_seqlens=None, **own)
 
     def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Inputs:
-        q, k, v, g = (change(x) for x in (self.q, self.k, self.v, self.g))
-        return dataclasses.replace(self, q=q, k=k, v=v, g=g)
+        changed: dict[str, Any] = {name: change(x) for name, x in self._by_token.items()}
+        return dataclasses.replace(self, **changed)
+
+    @property
+    def _by_token(self) -> dict[str, torch.Tensor]:
+        every = {"q": self.q, "k": self.k, "v": self.v, "g": self.g, "do": self.do}
+        return {name: x for name, x in every.items() if x is not None}
+
+    @property
+    def operands(self) -> tuple[torch.Tensor, ...]:
+        """q, k, v and g, of which training has the gradients."""
+        return self.q, self.k, self.v, self.g
+
+    @property
+    def results(self) -> tuple[torch.Tensor, ...]:
+        """Tensors of the sizes that what is computed from them has: o, and in training the gradients."""
+        return (self.q, *self.operands) if self.case.training else (self.q,)
 
     @cached_property
     def rotated(self) -> Inputs:
@@ -72,7 +90,7 @@ class Inputs:
         """All of them, those that are made of them included."""
         made = [] if self.rope is None else [*self.rope, self.rotated.q, self.rotated.k]
         offsets = [] if self.cu_seqlens is None else [self.cu_seqlens]
-        return [self.q, self.k, self.v, self.g, *made, *offsets]
+        return [*self._by_token.values(), *made, *offsets]
 
     def copy_(self, other: Inputs) -> None:
         """Take over the values of inputs of the same case, into the same tensors."""
@@ -86,7 +104,8 @@ class Inputs:
 
 
 def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
-    """Inputs of a case from a seed: standard normal q, k, v, and gates whose slots forget at very different rates.
+    """Inputs of a case from a seed: standard normal q, k, v (and do), and gates whose slots forget at very different
+    rates.
 
     Their time constants are spread evenly on a log scale, the first slot's the longest. So an output depends on what
     was just written and on what was carried from far back: a check sees an error in either.
@@ -103,7 +122,8 @@ def make_inputs(case: Case, device: torch.device, seed: int = 0) -> Inputs:
     rates = torch.logspace(math.log10(SLOWEST_GATE), 0, w.slots, device=device, dtype=case.torch_dtype)
     g = F.logsigmoid(normal(w.kv_heads, w.slots)).mul_(rates)
     rope = rotary_tables(case.seq_len, w.head_dim, device) if w.rope else None
-    return Inputs(case, q, k, v, g, rope, offsets(case, device) if case.sequences else None)
+    do = normal(w.q_heads, w.head_dim) if case.training else None
+    return Inputs(case, q, k, v, g, rope, offsets(case, device) if case.sequences else None, do)
 
 
 def offsets(case: Case, device: torch.device) -> torch.Tensor:
@@ -143,7 +163,7 @@ def cache_state(case: Case, sets: int, l2_bytes: int) -> str:
 
 
 def bytes_needed(case: Case, sets: int = 1, device_type: str = "cpu") -> int:
-    """A lower estimate of the device memory a case takes: its input sets, the output, and the float64 reference."""
+    """A lower estimate of the device memory a case takes: its input sets, the outputs, and their float64 reference."""
     per_set = case.input_bytes + case.rotated_bytes
     elsewhere = device_type == "cuda" and case.reference_bytes > LARGE_REFERENCE
     reference = 0 if elsewhere else case.reference_bytes

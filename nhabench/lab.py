@@ -10,11 +10,12 @@ import torch
 
 from nhabench import guard
 from nhabench.check import Verdict, check_baseline, release
-from nhabench.contender import Call, Contender, Unsupported
+from nhabench.contender import Contender, Unsupported
 from nhabench.environment import Environment
 from nhabench.errors import first_line, is_out_of_memory, without_frames
 from nhabench.floors import Ceilings
 from nhabench.gpu import GpuWatch
+from nhabench.outputs import Step
 from nhabench.reference import Judge, small_inputs
 from nhabench.results import Row
 from nhabench.timing import Timer
@@ -50,25 +51,24 @@ class Lab:
     last: dict[tuple[object, ...], tuple[Case, float]] = field(default_factory=dict)
 
     def judge(self, case: Case) -> Judge:
-        """The judge of a case's workload and dtype."""
-        key = (case.workload, case.dtype)
-        if key not in self.judges:
-            self.judges[key] = Judge(case.workload, case.dtype, self.device)
-        return self.judges[key]
+        """The judge of a case's workload, dtype and direction."""
+        if case.kind not in self.judges:
+            self.judges[case.kind] = Judge(case.workload, case.dtype, self.device, case.direction)
+        return self.judges[case.kind]
 
     def baseline_verdict(self, contender: Contender, case: Case) -> Verdict | None:
         """A baseline's check at a small size of the case's workload, with packed sequences if the case has them; made
         once."""
         packed = SMALL_SEQUENCES if case.sequences else 0
-        key = (contender.name, case.workload, case.dtype, packed)
+        key = (contender.name, *case.kind, packed)
         if key not in self.baseline_verdicts:
-            inputs = small_inputs(case.workload, case.dtype, self.device, packed)
+            inputs = small_inputs(case.workload, case.dtype, self.device, packed, case.direction)
             self.baseline_verdicts[key] = check_baseline(contender, inputs)
         return self.baseline_verdicts[key]
 
     def predicted_s(self, contender: Contender, case: Case) -> float | None:
         """Seconds that one call should take, from the last size of the workload; None where there was none."""
-        known = self.last.get((contender.name, case.workload, case.dtype))
+        known = self.last.get((contender.name, *case.kind))
         if known is None:
             return None
         before, seconds = known
@@ -84,7 +84,7 @@ class Entry:
     contender: Contender
     status: str = ""
     note: str = ""
-    calls: list[Call] = field(default_factory=list)
+    calls: list[Step] = field(default_factory=list)
     marks: guard.Marks | None = None  # of the output that was checked
     changes: dict[str, Any] = field(default_factory=dict)
     all_ms: tuple[float, ...] = ()  # the samples

@@ -11,11 +11,23 @@ from nhabench.contender import Contender
 from nhabench.errors import without_frames
 from nhabench.gpu import extra_peak_bytes
 from nhabench.guard import Sets, guarded, marks, plain
-from nhabench.inputs import Inputs, bytes_needed, cache_bytes, cache_state, free_bytes, input_sets, set_count
+from nhabench.inputs import (
+    Inputs,
+    bytes_needed,
+    cache_bytes,
+    cache_state,
+    free_bytes,
+    input_sets,
+    make_inputs,
+    set_count,
+)
 from nhabench.lab import DeviceLost, Entry, Lab, attempt, fail_all, recover
+from nhabench.outputs import finite
 from nhabench.racing import race_entries
+from nhabench.reference import checked_at
 from nhabench.results import Row
 from nhabench.rows import SHORT_OF_MEMORY, row_of
+from nhabench.training import bound
 from nhabench.workloads import Case
 
 LONGEST_CALL_S = {"cuda": 1.5, "cpu": 2.5}  # a call that is predicted to take longer is skipped
@@ -82,7 +94,7 @@ def _turn_away(lab: Lab, case: Case, entry: Entry, needed: int, free: int) -> No
         gib = 2**30
         entry.end("skipped", f"The case needs {needed / gib:.1f} GiB; {free / gib:.1f} {SHORT_OF_MEMORY}.")
     elif predicted is not None and predicted > limit:
-        before = lab.last[entry.contender.name, case.workload, case.dtype][0].seq_len
+        before = lab.last[entry.contender.name, *case.kind][0].seq_len
         entry.end(
             "skipped",
             f"One call would take about {predicted:.1f} s (predicted from T={before}); the limit is {limit} s.",
@@ -118,12 +130,17 @@ def _check_all(lab: Lab, case: Case, entries: Sequence[Entry], sets: Sets, said:
 
 
 def _check_nha(lab: Lab, entries: Sequence[Entry], sets: Sets, said: Callable[[str], object]) -> None:
+    """At this case, whose sets of inputs these are, or at one that stands in for it."""
     said("computing the float64 reference")
-    inputs = sets.inputs[0]
+    case = sets.inputs[0].case
     failure: Exception | None = None
     try:
-        judge = lab.judge(inputs.case)
+        judge, at = lab.judge(case), checked_at(case)
+        here = at == case
+        sets = sets if here else guarded([make_inputs(at, lab.device)])
+        inputs = sets.inputs[0]
         truth, name = judge.reference(inputs)
+        name += "" if here else f" at T={at.seq_len}"
     except Exception as error:  # without a reference none of them is timed
         failure = without_frames(error)
     if failure is not None:
@@ -133,9 +150,12 @@ def _check_nha(lab: Lab, entries: Sequence[Entry], sets: Sets, said: Callable[[s
         said(f"checking {entry.contender.label}")
 
         def check(entry: Entry = entry) -> None:
-            o, extra = first_output(entry.contender.bind(inputs), inputs.q)
-            _memory(entry, inputs.case, extra)
+            o, extra = first_output(bound(entry.contender, inputs), inputs)
             _first_look(entry, o, inputs)
+            if here:
+                _memory(entry, case, extra)
+            else:
+                entry.marks = None  # of another case
             if entry.waiting:
                 _judge(entry, check_against(o, truth, name, judge.tolerance))
 
@@ -146,8 +166,8 @@ def _first_look(entry: Entry, o: object, inputs: Inputs) -> None:
     """Keep the marks of an output; what is none is not timed."""
     if not entry.waiting:
         return
-    if not plain(o):
-        entry.end("incorrect", guard.NO_TENSOR)
+    if not plain(o) or isinstance(o, tuple) != inputs.case.training:
+        entry.end("incorrect", guard.NO_GRADIENTS if inputs.case.training else guard.NO_TENSOR)
     elif guard.shares_memory(o, inputs):
         entry.end("incorrect", guard.AN_INPUT)
     else:
@@ -178,15 +198,15 @@ def _judge(entry: Entry, verdict: Verdict) -> None:
 
 
 def _prepare(lab: Lab, case: Case, entry: Entry, inputs: Sequence[Inputs]) -> None:
-    """Bind every input set. A baseline, which its check ran at a small size, runs here for the first time at this one:
-    that compiles it, shows whether it fits, tells its memory, and whether it writes numbers everywhere."""
-    entry.calls = [entry.contender.bind(one) for one in inputs]
-    if entry.contender.family != "nha":
-        o, _ = first_output(entry.calls[0], inputs[0].q)
+    """Bind every input set. Who was checked at another size, as every baseline, runs here for the first time at this
+    one: that compiles it, shows whether it fits, tells its memory, and whether it writes numbers everywhere."""
+    entry.calls = [bound(entry.contender, one) for one in inputs]
+    if entry.marks is None:
+        o, _ = first_output(entry.calls[0], inputs[0])
         _first_look(entry, o, inputs[0])
         if not entry.waiting:
             return
-        if not o.isfinite().all():
+        if not finite(o):
             entry.end("incorrect", "Its output at this size holds NaN or infinity.")
             return
         del o

@@ -52,8 +52,8 @@ def _torch_varlen() -> Contender:
 
     def bind(inputs: Inputs) -> Call:
         attention, cu, longest = causal_varlen(), inputs.cu_seqlens, max(inputs.case.lengths)
-        q, k, v = inputs.q[0], inputs.k[0], inputs.v[0]
-        return lambda: attention(q, k, v, cu, cu, longest, longest).unsqueeze(0)
+        x = inputs
+        return lambda: attention(x.q[0], x.k[0], x.v[0], cu, cu, longest, longest).unsqueeze(0)
 
     return Contender(
         "torch-varlen", "full: torch varlen", "full", full_floor, bind, missing, cannot, True,

@@ -27,7 +27,7 @@ from nhabench.crossover import (
     time_of,
 )
 from nhabench.results import HOST_TIME, Row
-from nhabench.tables import FAMILIES, grouped, shape, significant
+from nhabench.tables import FAMILIES, grouped, passes, shape, significant
 
 DPI = 150
 LABEL_POINTS = 8.5
@@ -116,14 +116,16 @@ def contest(rows: Sequence[Row], families: Sequence[str]) -> tuple[Lines, list[s
 def draw_all(rows: Sequence[Row], folder: Path) -> list[Path]:
     """Draw every workload of the rows into PNG files in the folder; returns their paths.
 
-    forward-<workload>-latency.png, -speedup.png and -floor.png; a workload's second dtype has its name in the file's.
-    Rows without a time are absent; a plot that would have no line is not drawn. Raises OSError.
+    forward-<workload>-latency.png, -speedup.png and -floor.png, of training training-<workload>-...; a workload's
+    second dtype has its name in the file's. Rows without a time are absent; a plot that would have no line is not
+    drawn. Raises OSError.
     """
     written: list[Path] = []
     seen: set[str] = set()
-    for (workload, dtype, _), group in grouped(rows).items():
-        stem = f"forward-{workload}" if workload not in seen else f"forward-{workload}-{dtype}"
-        seen.add(workload)
+    for (workload, dtype, _, direction), group in grouped(rows).items():
+        name = f"{direction}-{workload}"
+        stem = name if name not in seen else f"{name}-{dtype}"
+        seen.add(name)
         for kind, draw in (("latency", latency), ("speedup", speedup), ("floor", floor)):
             figure = draw(group)
             if figure is not None:
@@ -194,6 +196,11 @@ def headline(
     figure.text(left, 0.925 if len(figure.axes) == 1 else 0.905, where, fontsize=9.5, va="top", color="#333333")
     if absent:
         figure.text(0.99, 0.02, "\n".join(["slower, not drawn:", *absent]), fontsize=8, ha="right", color="#333333")
+
+
+def subject_of(rows: Sequence[Row], what: str) -> str:
+    """'Forward latency': what is drawn of the rows' calls."""
+    return f"{passes(rows[0]).capitalize()} {what}"
 
 
 def of_several_runs(rows: Sequence[Row]) -> str:
@@ -333,7 +340,8 @@ def draw_times(axis: Axes, lines: Lines, leaders: set[str], at: Callable[[Row], 
         _draw_band(axis, line, at)
         _draw_line(axis, line, time_of, name in leaders, at)
     log_axis(axis)
-    axis.set_ylabel("median time of a forward call, ms; 95 % interval shaded")
+    what = passes(next(iter(lines.values()))[0])
+    axis.set_ylabel(f"median time of a {what} call, ms; 95 % interval shaded")
 
 
 def _draw_band(axis: Axes, rows: Sequence[Row], at: Callable[[Row], float] = length_of) -> None:
@@ -357,8 +365,8 @@ def latency(rows: Sequence[Row]) -> Figure | None:
     crossover = find_crossover(rows)
     if crossover is not None and crossover.at is not None:
         _mark_crossover(axis, crossover, timed)
-    finding = crossover.sentence if crossover else "Forward latency"
-    headline(figure, finding, "Forward latency", timed, absent)
+    subject = subject_of(timed, "latency")
+    headline(figure, crossover.sentence if crossover else subject, subject, timed, absent)
     label_ends(axis, ends_of(lines, time_of, leaders))
     return figure
 
@@ -410,7 +418,7 @@ def speedup(rows: Sequence[Row]) -> Figure | None:
     axis.axhline(1.0, color=_BLUE, linestyle="--", linewidth=2.8, zorder=2)
     log_axis(axis, "x")
     axis.set_ylabel("speed relative to the fastest full attention")
-    subject = "Forward speed-up over full attention"
+    subject = subject_of(timed, "speed-up over full attention")
     headline(figure, _speedup_finding(rows, gain), subject, [*timed, *full.values()], absent)
     names = " / ".join(dict.fromkeys(row.label.removeprefix("full: ") for row in full.values()))
     baseline = End(length_of(timed[-1]), 1.0, f"fastest full ({names})", _BLUE, bold=True)
@@ -461,6 +469,6 @@ def floor(rows: Sequence[Row]) -> Figure | None:
     reached = [100 * (row.floor_fraction or 0.0) for row in lines[best.implementation]]
     low, high = f"{min(reached):.2g}", f"{max(reached):.2g}"
     finding = f"{best.label} runs at {low if low == high else f'{low} to {high}'} % of the speed that the floor allows"
-    headline(figure, finding, "Achieved rates of the forward pass", timed, absent)
+    headline(figure, finding, f"Achieved rates of the {passes(first)} pass", timed, absent)
     label_ends(axes[-1], ends_of(lines, panels[-1][1], leaders))
     return figure

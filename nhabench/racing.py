@@ -11,15 +11,16 @@ import torch
 
 from nhabench import guard
 from nhabench.check import poison
-from nhabench.contender import Call
 from nhabench.errors import first_line, without_frames
 from nhabench.gpu import ClockSample, clock_fell
 from nhabench.graphs import capture, graph_ratio
-from nhabench.guard import Sets, marks, out_of_turn, plain, refill
+from nhabench.guard import Sets, marks, out_of_turn, plain, refill, same_place
 from nhabench.inputs import Inputs
 from nhabench.lab import Entry, Lab, attempt, fail
+from nhabench.outputs import Step, fill
 from nhabench.results import HOST_TIME
 from nhabench.timing import AGREE, SLOW_MS, Timing, Warm, agree, in_turns, race
+from nhabench.training import bound
 from nhabench.workloads import Case
 
 # Of timed calls, by their input set: marks of the output, None for what is no output, or what looking at it raised.
@@ -66,7 +67,7 @@ def race_entries(lab: Lab, case: Case, racing: Sequence[Entry], sets: Sets, said
             if isinstance(result, Exception):
                 fail(lab, entry, result)
                 continue
-            lab.last[entry.contender.name, case.workload, case.dtype] = (case, result.median_ms / 1e3)
+            lab.last[entry.contender.name, *case.kind] = (case, result.median_ms / 1e3)
             said(f"checking {entry.contender.label} again")
             attempt(lab, entry, partial(look_again, entry, sets.inputs, seen[number]), sets)
             passed += [(entry, result)] if entry.waiting else []
@@ -99,7 +100,7 @@ def second_timer(lab: Lab, entry: Entry, timing: Timing, seconds: float) -> None
     try:
         graphs = capture(entry.calls)
         ratio = graph_ratio(entry.calls, graphs, lab.timer, seconds)
-        graphs.o.fill_(torch.nan)
+        fill(graphs.o, torch.nan)
         graphs.replays[0]()
         right = entry.marks.distance(marks(graphs.o)) <= guard.SAME
     except Exception as error:  # it has its time all the same
@@ -171,29 +172,30 @@ def look_again(entry: Entry, inputs: Sequence[Inputs], seen: Seen) -> None:
     first = inputs[0]
     for index in filter(None, now) if len(now) > 1 else (-1,):
         other = _with_other_values(entry, first, seed=index)
-        if not entry.marks.distance(other) >= guard.OTHER:
+        if not entry.marks.change(other) >= guard.OTHER:
             entry.end("incorrect", guard.REMEMBERED)
             return
         if index > 0 and not other.distance(now[index]) <= guard.SAME:
             entry.end("incorrect", guard.UNCHECKED)
             return
-    if first.q.device.type == "cuda" and out_of_turn(entry.calls[0], first.v, entry.marks):
+    sources = first.v if first.do is None else (first.v, first.do)
+    if first.q.device.type == "cuda" and out_of_turn(entry.calls[0], sources, entry.marks):
         entry.end("incorrect", guard.OUT_OF_TURN)
 
 
-def _look_now(entry: Entry, inputs: Inputs, call: Call) -> guard.Marks | None:
+def _look_now(entry: Entry, inputs: Inputs, call: Step) -> guard.Marks | None:
     """Marks of the output at an input set; None for what is no output. Ends who returns what was made before, or not
     the same twice."""
-    poison(inputs.q)  # an output that is never written must not be the one that lay there
+    poison(inputs)  # an output that is never written must not be the one that lay there
     o = call()
     _settle(inputs.q.device)
     if not plain(o):
         return None
     found = marks(o)
-    o.fill_(torch.nan)
+    fill(o, torch.nan)
     again = call()
     if not found.distance(marks(again)) <= guard.SAME:
-        entry.end("incorrect", guard.REMEMBERED if again.data_ptr() == o.data_ptr() else guard.UNCHECKED)
+        entry.end("incorrect", guard.REMEMBERED if same_place(again, o) else guard.UNCHECKED)
     return found
 
 
@@ -201,8 +203,8 @@ def _with_other_values(entry: Entry, inputs: Inputs, seed: int) -> guard.Marks:
     """Marks of a contender's output at the first input set, with the values of another seed in it."""
     refill(inputs, seed)
     # A baseline may lay out its inputs anew when it is bound.
-    call = entry.calls[0] if entry.contender.family == "nha" else entry.contender.bind(inputs)
-    poison(inputs.q)
+    call = entry.calls[0] if entry.contender.family == "nha" else bound(entry.contender, inputs)
+    poison(inputs)
     found = marks(call())
     refill(inputs, 0)
     return found

@@ -19,7 +19,7 @@ from nhabench.plots import floor, latency, speedup, to_svg
 from nhabench.results import Row, is_table, load_rows, replace_file
 from nhabench.roofline import roofline
 from nhabench.sweeps import Size, finding, shared_sizes, sweep, sweeps
-from nhabench.tables import grouped, reasons, shape
+from nhabench.tables import grouped, passes, reasons, shape
 from nhabench.trust import Figures, read_figures
 
 FILE_NAME = "report.html"
@@ -171,11 +171,11 @@ def _section(name: str, rows: Sequence[Row], taken: set[str]) -> Section:
     groups = {key: group for key, group in grouped(rows).items() if not _only_swept(group, swept)}
     told = reasons(rows)
     return Section(
-        title=f"{name}: {rows[0].direction}, {rows[0].device}",
+        title=f"{name}: {passes(rows[0])}, {rows[0].device}",
         overview=overview(list(groups.values())),
         groups=[
             *(_sweep(name, size, group, taken) for size, group in swept),
-            *(_group(name, title, group, taken) for (title, _, _), group in groups.items()),
+            *(_group(name, title, group, taken) for (title, *_), group in groups.items()),
         ],
         incorrect=[sentence for status, sentence in told if status == "incorrect"],
         absent=[sentence for status, sentence in told if status != "incorrect"],
@@ -196,7 +196,7 @@ def _sweep(name: str, size: Size, rows: Sequence[Row], taken: set[str]) -> Group
     anchor = _anchor(name, title, first, taken)
     figure = sweep(rows, size)
     plot = Plot(size, str(figure.get_label()), to_svg(figure, f"{anchor}-{size}"), 1, sweep_data(rows, size))
-    subject = f"{first.direction} on {first.device}, B={first.batch}, {first.dtype}; {name}"
+    subject = f"{passes(first)} on {first.device}, B={first.batch}, {first.dtype}; {name}"
     return Group(anchor, title, subject, finding(rows, size), [], [plot])
 
 
@@ -212,7 +212,7 @@ def _anchor(name: str, title: str, first: Row, taken: set[str]) -> str:
 def _group(name: str, title: str, rows: Sequence[Row], taken: set[str]) -> Group:
     first = rows[0]
     anchor = _anchor(name, title, first, taken)
-    subject = f"{first.direction} on {first.device}, {shape(first)}, {first.dtype}; {name}"
+    subject = f"{passes(first)} on {first.device}, {shape(first)}, {first.dtype}; {name}"
     plots = list(_plots(rows, anchor))
     return Group(anchor, title, subject, crossing(rows), findings(rows), plots)
 

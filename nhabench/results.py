@@ -24,6 +24,7 @@ HOST_TIME = " with host time"  # behind the timer's name, where the host may hav
 class Row(Environment):
     """One implementation at one case. The fields are the columns of the CSV, those of Environment after these.
 
+    direction: 'forward', or 'training' for the forward pass and the gradients of its inputs (nhabench.training).
     sequences: how many are packed in the seq_len tokens, 0 where each row of the batch is one. Only a row with status
     'ok' has times; `note` says in a sentence what another status means, or what a reader should know. Times in
     milliseconds, sizes in bytes, rates in TB/s and TFLOP/s. graph_ratio is the time of the call as a CUDA graph, in
@@ -32,7 +33,7 @@ class Row(Environment):
     least the operation must do (nhabench.floors); floor_fraction is floor_ms / median_ms. extra_peak_bytes is what one
     call takes beyond its inputs, output included, and peak_bytes adds the inputs; state_bytes is what the operation
     must keep of the past for a next token. error and tolerance are relative to the float64 reference, worst_* those of
-    the worst block of 64 tokens.
+    the worst block of 64 tokens; in training all four are of the gradient that comes nearest to its tolerance.
     """
 
     workload: str

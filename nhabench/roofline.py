@@ -25,7 +25,7 @@ from nhabench.plots import (
     style_of,
 )
 from nhabench.results import HOST_TIME, Row
-from nhabench.tables import FAMILIES, significant
+from nhabench.tables import FAMILIES, passes, significant
 
 
 def intensity(row: Row) -> float | None:
@@ -59,7 +59,7 @@ def roofline(rows: Sequence[Row]) -> Figure | None:
     axis.set_xlabel("arithmetic intensity of the floor, FLOP/B  (a point for each length; B·T as in the other plots)")
     axis.set_ylabel("achieved TFLOP/s: FLOPs of the floor / time")
     plain_axis(axis)
-    headline(figure, finding(placed), "Roofline of the forward pass", placed, absent)
+    headline(figure, finding(placed), f"Roofline of the {passes(placed[0])} pass", placed, absent)
     names = axis.legend(loc="upper left", bbox_to_anchor=(1.02, 1.0), frameon=False, fontsize=LABEL_POINTS)
     bold = {name_of(lines[leader][0]) for leader in leaders}
     for name in names.get_texts():

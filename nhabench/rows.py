@@ -26,7 +26,7 @@ def earlier_rows(lab: Lab, case: Case, contenders: Sequence[Contender], rows: Se
     if not here.git_sha or here.git_dirty is not False:
         return None
     same = {field.name: getattr(here, field.name) for field in dataclasses.fields(Environment) if field.name != "date"}
-    same |= {**case_columns(case), "direction": "forward"}
+    same |= case_columns(case)
     found = {row.implementation: row for row in rows if all(getattr(row, name) == same[name] for name in same)}
     earlier = [found[contender.name] for contender in contenders if contender.name in found]
     if len(earlier) < len(contenders):
@@ -35,7 +35,7 @@ def earlier_rows(lab: Lab, case: Case, contenders: Sequence[Contender], rows: Se
         return None
     for contender, row in zip(contenders, earlier, strict=True):
         if row.median_ms is not None:
-            lab.last[contender.name, case.workload, case.dtype] = (case, row.median_ms / 1e3)
+            lab.last[contender.name, *case.kind] = (case, row.median_ms / 1e3)
     return earlier
 
 
@@ -66,7 +66,6 @@ def row_of(lab: Lab, case: Case, entry: Entry) -> Row:
     return Row(
         **dataclasses.asdict(lab.environment),
         **case_columns(case),
-        direction="forward",
         implementation=contender.name,
         label=contender.label,
         family=contender.family,
@@ -79,5 +78,5 @@ def row_of(lab: Lab, case: Case, entry: Entry) -> Row:
 def case_columns(case: Case) -> Mapping[str, Any]:
     shape = dataclasses.asdict(case.workload)
     del shape["tokens"]
-    sizes = {"batch": case.batch, "seq_len": case.seq_len, "sequences": case.sequences, "dtype": case.dtype}
+    sizes = {name: getattr(case, name) for name in ("direction", "batch", "seq_len", "sequences", "dtype")}
     return {"workload": shape.pop("name"), **shape, **sizes}

@@ -29,13 +29,15 @@ import torch
 import nha_kernels
 from nhabench.ceilings import open_device
 from nhabench.check import check_against, first_output, release
-from nhabench.contender import Call, Contender, Unsupported
+from nhabench.contender import Contender, Unsupported
 from nhabench.errors import first_line, is_out_of_memory
 from nhabench.guard import marks
 from nhabench.implementations import implementations
 from nhabench.inputs import Inputs, input_sets
+from nhabench.outputs import Step
 from nhabench.reference import Judge
 from nhabench.timing import WARM_ROUNDS, Sample
+from nhabench.training import bound
 from nhabench.workloads import Case, Workload
 
 TRIES = 5  # for a sample during which the device does not wait for the host
@@ -71,12 +73,12 @@ class Bench:
         inputs = input_sets(case, self.device)
         short = _check(contender, inputs[0])
         release(self.device)  # the reference was larger than all else: the other side needs memory too
-        self.turns = self._turns([contender.bind(one) for one in inputs])
+        self.turns = self._turns([bound(contender, one) for one in inputs])
         for _ in range(WARM_ROUNDS):
             next(self.turns)
         return short
 
-    def _turns(self, calls: Sequence[Call]) -> Iterator[Sample]:
+    def _turns(self, calls: Sequence[Step]) -> Iterator[Sample]:
         stopwatch, rotated = self.timer.stopwatch(), itertools.cycle(calls)
         while True:
             for call in itertools.islice(rotated, TRIES):
@@ -87,14 +89,13 @@ class Bench:
 
 
 def _check(contender: Contender, inputs: Inputs) -> list[float]:
-    judge = Judge(inputs.case.workload, inputs.case.dtype, inputs.q.device)
+    judge = Judge(inputs.case.workload, inputs.case.dtype, inputs.q.device, inputs.case.direction)
     truth, name = judge.reference(inputs)
-    o, _ = first_output(contender.bind(inputs), inputs.q)
+    o, _ = first_output(bound(contender, inputs), inputs)
     verdict = check_against(o, truth, name, judge.tolerance)
     if not verdict.correct:
         raise Wrong(verdict.sentence)
-    short: list[float] = marks(o).projections.flatten().tolist()
-    return short
+    return [number for part in marks(o).parts for number in part.projections.flatten().tolist()]
 
 
 def answer(bench: Bench, question: Any) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from nhabench.plots import (
     new_figure,
     plain_axis,
     save,
+    subject_of,
 )
 from nhabench.results import Row
 from nhabench.tables import FAMILIES, significant
@@ -86,7 +87,7 @@ def sweep(rows: Sequence[Row], size: Size) -> Figure:
     axis.set_xlabel(NAMES[size])
     plain_axis(axis)
     sizes = f"{shared_sizes(first, size)}, {first.dtype}; B x T = {first.batch} x {first.seq_len}"
-    headline(figure, finding(rows, size), "Forward latency", rows, (), sizes)
+    headline(figure, finding(rows, size), subject_of(rows, "latency"), rows, (), sizes)
     label_ends(axis, ends_of(lines, time_of, leaders, place))
     return figure
 

@@ -12,21 +12,27 @@ from rich.table import Table
 from nhabench.crossover import length_name, length_of
 from nhabench.results import HOST_TIME, Row
 
+PASS = {"forward": "forward", "training": "forward + backward"}  # what is timed, by direction
 FAMILIES = ("nha", "full", "window", "linear")  # the order of tables
 _SHORT = {"incorrect": "WRONG", "out of memory": "OOM", "failed": "failed"}
 
 
-def grouped(rows: Sequence[Row]) -> dict[tuple[str, str, str], list[Row]]:
-    """Rows by (workload, dtype, device), in the order of their first rows.
+def passes(row: Row) -> str:
+    """What a row's time is of, in words."""
+    return PASS.get(row.direction, row.direction)
+
+
+def grouped(rows: Sequence[Row]) -> dict[tuple[str, str, str, str], list[Row]]:
+    """Rows by (workload, dtype, device, direction), in the order of their first rows.
 
     A workload with a rotary embedding is another one than that without, whatever its name; and so is one whose
     sequences are packed, for each number of tokens.
     """
-    groups: dict[tuple[str, str, str], list[Row]] = {}
+    groups: dict[tuple[str, str, str, str], list[Row]] = {}
     for row in rows:
         name = f"{row.workload}-rope" if row.rope and not row.workload.endswith("-rope") else row.workload
         name += f"-packed-{row.seq_len}" if row.sequences else ""
-        groups.setdefault((name, row.dtype, row.device), []).append(row)
+        groups.setdefault((name, row.dtype, row.device, row.direction), []).append(row)
     return groups
 
 
@@ -54,7 +60,7 @@ def print_tables(rows: Sequence[Row], console: Console) -> None:
     """Print a table for each workload of the rows, and beneath them what did not run and why."""
     for group in grouped(rows).values():
         first = group[0]
-        title = f"\n{first.workload} ({shape(first)}, {first.dtype}) on {first.device}: forward, ms"
+        title = f"\n{first.workload} ({shape(first)}, {first.dtype}) on {first.device}: {passes(first)}, ms"
         console.print(title, style="bold", highlight=False, markup=False)
         console.print(_table(group))
     for _, reason in reasons(rows):

@@ -15,6 +15,7 @@ import torch
 
 SEQ_LENS: tuple[int, ...] = tuple(2**n for n in range(9, 18))  # 512 .. 131072
 DTYPES: tuple[str, ...] = ("bfloat16", "float16", "float32")
+DIRECTIONS: tuple[str, ...] = ("forward", "training")
 
 
 @dataclass(frozen=True)
@@ -69,9 +70,9 @@ class Workload:
             name, sizes["rope"] = f"{name}-rope", True
         return Workload(**{**sizes, "name": name})
 
-    def case(self, seq_len: int, dtype: str) -> Case:
+    def case(self, seq_len: int, dtype: str, direction: str = "forward") -> Case:
         """The case of this workload at one length: as many sequences as the tokens allow, at least one."""
-        return Case(self, max(1, self.tokens // seq_len), seq_len, dtype)
+        return Case(self, max(1, self.tokens // seq_len), seq_len, dtype, direction=direction)
 
 
 @dataclass(frozen=True)
@@ -79,6 +80,7 @@ class Case:
     """A workload at batch B, length T and dtype: one column of a table, one x of a plot.
 
     sequences: 0, or how many sequences of uneven lengths are packed one after the other into the T tokens; then B = 1.
+    direction: "forward", or "training" for the forward pass and the gradients of q, k, v and g.
     Raises ValueError that names the argument, what was expected and what came.
     """
 
@@ -87,6 +89,7 @@ class Case:
     seq_len: int
     dtype: str
     sequences: int = 0
+    direction: str = "forward"
 
     def __post_init__(self) -> None:
         for name, value in (("batch", self.batch), ("seq_len", self.seq_len)):
@@ -101,6 +104,21 @@ class Case:
         if self.sequences and self.workload.rope:
             # The tables hold one position for each row of a batch; here positions would start anew in every sequence.
             raise ValueError(f"sequences: expected 0 with rope, got {self.sequences}")
+        if self.direction not in DIRECTIONS:
+            raise ValueError(f"direction: expected one of {', '.join(DIRECTIONS)}, got {self.direction!r}")
+        if self.training and self.workload.rope:
+            # Softmax attention is given q and k that were rotated before: there are no gradients through that.
+            raise ValueError(f"direction: expected 'forward' with rope, got {self.direction!r}")
+
+    @property
+    def training(self) -> bool:
+        """Whether gradients are part of it."""
+        return self.direction == "training"
+
+    @property
+    def kind(self) -> tuple[Workload, str, str]:
+        """What cases of other sizes have in common with this one."""
+        return self.workload, self.dtype, self.direction
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -119,11 +137,20 @@ class Case:
 
     @property
     def input_bytes(self) -> int:
-        """Bytes of q [B,T,HQ,D], k and v [B,T,H,D] and g [B,T,H,M], of the tables of a rotary embedding, and of the
-        offsets of packed sequences."""
+        """Bytes of q [B,T,HQ,D], k and v [B,T,H,D] and g [B,T,H,M], of the tables of a rotary embedding, of the
+        offsets of packed sequences, and in training of do [B,T,HQ,D]."""
+        upstream = self._row_bytes if self.training else 0
+        return self._operand_bytes + upstream + self.table_bytes + self.offset_bytes
+
+    @property
+    def _operand_bytes(self) -> int:
         w = self.workload
         per_token = w.q_heads * w.head_dim + w.kv_heads * (2 * w.head_dim + w.slots)
-        return self.tokens * per_token * self.torch_dtype.itemsize + self.table_bytes + self.offset_bytes
+        return self.tokens * per_token * self.torch_dtype.itemsize
+
+    @property
+    def _row_bytes(self) -> int:
+        return self.tokens * self.workload.q_heads * self.workload.head_dim * self.torch_dtype.itemsize
 
     @property
     def offset_bytes(self) -> int:
@@ -143,17 +170,17 @@ class Case:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes of o [B,T,HQ,D]."""
-        return self.tokens * self.workload.q_heads * self.workload.head_dim * self.torch_dtype.itemsize
+        """Bytes of o [B,T,HQ,D], and in training of the gradients of q, k, v and g."""
+        return self._row_bytes + (self._operand_bytes if self.training else 0)
 
     @property
     def reference_bytes(self) -> int:
-        """Bytes of o in float64."""
+        """Bytes of o in float64, and of the gradients."""
         return self.output_bytes // self.torch_dtype.itemsize * 8
 
     def __str__(self) -> str:
         shape = f"{self.sequences} packed in {self.seq_len}" if self.sequences else f"{self.batch} x {self.seq_len}"
-        return f"{self.workload.name} {shape} {self.dtype}"
+        return f"{self.workload.name} {shape} {self.dtype}{' training' if self.training else ''}"
 
 
 def uneven(tokens: int, sequences: int) -> tuple[int, ...]:
@@ -220,7 +247,7 @@ def select(workloads: Mapping[str, Workload], names: Sequence[str]) -> list[Work
     return [workloads[name] for name in dict.fromkeys(names)] if names else list(workloads.values())
 
 
-def cases(workloads: Iterable[Workload], seq_lens: Iterable[int], dtype: str) -> list[Case]:
+def cases(workloads: Iterable[Workload], seq_lens: Iterable[int], dtype: str, direction: str = "forward") -> list[Case]:
     """Every workload at every length, short ones first: a length is predicted from the one before it."""
     lengths = sorted(set(seq_lens))
-    return [workload.case(seq_len, dtype) for workload in workloads for seq_len in lengths]
+    return [workload.case(seq_len, dtype, direction) for workload in workloads for seq_len in lengths]

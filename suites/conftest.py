@@ -25,9 +25,9 @@ from nhabench.workloads import Case, torch_dtype
 CLOCK = Clock()
 # Beside a benchmark's times in pytest-benchmark's JSON: what they are worth, and where they come from.
 SHOWN = (
-    "implementation", "slots", "window", "sequences", "timer", "cache", "stop", "note", "low_ms", "high_ms",
-    "graph_ratio", "floor_ms", "floor_fraction", "error", "tolerance", "device", "git_sha", "git_dirty", "torch",
-    "triton", "driver",
+    "implementation", "direction", "slots", "window", "sequences", "timer", "cache", "stop", "note", "low_ms",
+    "high_ms", "graph_ratio", "floor_ms", "floor_fraction", "peak_bytes", "error", "tolerance", "device", "git_sha",
+    "git_dirty", "torch", "triton", "driver",
 )  # fmt: skip
 RESULTS = pytest.StashKey[dict[str, tuple[Suite, ResultFile]]]()
 

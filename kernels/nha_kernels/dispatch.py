@@ -9,8 +9,8 @@ import torch
 from .problem import Inputs, Problem, Result, UnsupportedCall
 from .registry import IMPLEMENTATIONS, Implementation
 
-# The more is fused, the fewer bytes move: measured on an H100, so it is for windows of 32 up to 4096. naive is last:
-# chunked serves whatever it serves, and faster.
+# The more is fused, the fewer bytes move: measured on an H100, so it is for windows of 32 up to 4096 in the forward
+# pass. naive is last: chunked serves whatever it serves, and faster.
 ORDER = ("triton", "flash", "chunked", "naive")
 CPU_ORDER = ("chunked", "naive", "triton", "flash")  # there Triton is its interpreter, a debugger
 

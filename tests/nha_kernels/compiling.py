@@ -1,5 +1,5 @@
-"""Compile the fused kernels for a GPU that is not there: `python compiling.py DTYPE CAPABILITY`, or
-`python compiling.py resident NAME` for one of `resident_problems`.
+"""Compile the fused kernels for a GPU that is not there: `python compiling.py DTYPE CAPABILITY`, `python compiling.py
+backward DTYPE CAPABILITY`, or `python compiling.py resident NAME` for one of `resident_problems`.
 
 A program of its own, since kernels that were imported for Triton's interpreter cannot be compiled.
 """
@@ -24,9 +24,12 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
+from nha_kernels.fused import backward
+from nha_kernels.fused.backward import BackwardConfig
 from nha_kernels.fused.forward import ForwardConfig, choose, describe, launchable_problems
 from nha_kernels.fused.hopper import TensorDescriptor
 from nha_kernels.fused.primitives import Launch
+from nha_kernels.fused.states import segment_kernel
 from nha_kernels.problem import Inputs, Problem
 from nha_kernels.state import NHAState
 
@@ -111,6 +114,30 @@ def resident_problems() -> dict[str, Problem]:
     return problems
 
 
+# Head size and group of the backward passes that are compiled: a few of the tiles that BackwardConfig.default chooses,
+# since ptxas takes seconds for each; but for Hopper only the last of a dtype, which takes the most shared memory.
+BACKWARD = {
+    torch.bfloat16: ((16, 4), (64, 1), (128, 4), (256, 1), (256, 2)),
+    torch.float16: ((128, 4),),
+    torch.float32: ((256, 1),),
+}
+
+
+def backward_problems(dtype: str, capability: int) -> list[Problem]:
+    """With everything optional switched on; `describe` meets a rotary embedding as given positions."""
+    return [
+        Problem(
+            batch=1, tokens=4096, sequences=4, q_heads=group, kv_heads=1, head_dim=head_dim, value_dim=head_dim,
+            slots=64, window=64, delay=40, dtype=kind, gate_dtype=torch.float32, device="cuda", packed=True,
+            positions="given", explicit_strength=True, mask_empty_slots=True, has_state=True, output_final_state=True,
+            return_lse=True, needs_grad=True,
+        )
+        for kind, sizes in BACKWARD.items()
+        for head_dim, group in (sizes if capability == 90 else sizes[-1:])
+        if str(kind) == f"torch.{dtype}"
+    ]  # fmt: skip
+
+
 def empty_inputs(problem: Problem, device: str = "meta") -> Inputs:
     """Inputs that hold nothing, as a problem describes them."""
 
@@ -124,14 +151,16 @@ def empty_inputs(problem: Problem, device: str = "meta") -> Inputs:
         state = NHAState.zeros(
             problem.sequences, problem.kv_heads, problem.slots, problem.head_dim, problem.window,
             slot_delay=problem.delay, dtype=problem.dtype, gate_dtype=problem.gate_dtype,
-            with_s=problem.explicit_strength, device=device,
+            with_s=problem.explicit_strength, with_k_window=problem.positions == "given", device=device,
         )  # fmt: skip
     table = empty(problem.tokens + 64, problem.head_dim // 2, dtype=torch.float32)
+    q, k = empty(problem.batch, problem.tokens, problem.q_heads, problem.head_dim), empty(*rows, problem.head_dim)
+    given = problem.positions == "given"
     return Inputs(
-        q=empty(problem.batch, problem.tokens, problem.q_heads, problem.head_dim),
-        k=empty(*rows, problem.head_dim), v=empty(*rows, problem.value_dim), g=g,
+        q=q, k=k, v=empty(*rows, problem.value_dim), g=g,
         s=torch.empty_like(g) if problem.explicit_strength else None,
-        rope=(table, table) if problem.positions == "rope" else None, q_window=None, k_window=None, scale=0.1,
+        rope=(table, table) if problem.positions == "rope" else None,
+        q_window=torch.empty_like(q) if given else None, k_window=torch.empty_like(k) if given else None, scale=0.1,
         cu_seqlens=empty(problem.sequences + 1, dtype=torch.int32) if problem.packed else None, state=state,
     )  # fmt: skip
 
@@ -170,17 +199,45 @@ def disassemble(cubin: bytes) -> str:
 
 def compile_for(dtype: str, capability: int) -> None:
     """Every launchable variant of a dtype for an architecture."""
-    seen = set()
+    seen: set[Any] = set()
     for problem in launchable_problems():
         if str(problem.dtype) != f"torch.{dtype}":
             continue
         launches, _ = describe(problem, empty_inputs(problem), ForwardConfig.default(problem))
         for launch in launches:
-            constants = {key: x for key, x in launch.arguments.items() if isinstance(x, (int, float))}
-            key = (launch.kernel, *sorted(constants.items()), *launch.options.items())
-            if key not in seen:
-                seen.add(key)
+            if is_new(launch, seen):
                 report(name(problem), launch, capability)
+
+
+def is_new(launch: Launch, seen: set[Any]) -> bool:
+    """Has no launch like it been seen? From now on it has."""
+    constants = {key: x for key, x in launch.arguments.items() if isinstance(x, (int, float))}
+    key = (launch.kernel, *sorted(constants.items()), *launch.options.items())
+    before = len(seen)
+    seen.add(key)
+    return len(seen) > before
+
+
+def compile_backward(dtype: str, capability: int) -> None:
+    """The backward pass of `backward_problems`; for Hopper with what ptxas says and the assembly.
+
+    But for the pass that stores the slots: forward passes launch it likewise.
+    """
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True
+    seen: set[Any] = set()
+    for problem in backward_problems(dtype, capability):
+        inputs, config = empty_inputs(problem), BackwardConfig.default(problem)
+        rows = (problem.batch, problem.tokens, problem.q_heads)
+        lse = torch.empty(rows, device="meta")
+        grad_o = torch.empty(*rows, problem.value_dim, dtype=problem.dtype, device="meta")
+        slots = (problem.sequences, problem.kv_heads, problem.slots, problem.head_dim + problem.value_dim)
+        launches = backward.passes(
+            problem, inputs, lse, grad_o, torch.empty_like(lse), torch.empty(slots, device="meta"), config, {}
+        )
+        for launch in launches:
+            if launch.kernel is not segment_kernel and is_new(launch, seen):
+                report(name(problem), launch, capability, listing=capability == 90)
 
 
 def compile_resident(name: str) -> None:
@@ -197,5 +254,7 @@ def compile_resident(name: str) -> None:
 if __name__ == "__main__":
     if sys.argv[1] == "resident":
         compile_resident(sys.argv[2])
+    elif sys.argv[1] == "backward":
+        compile_backward(sys.argv[2], int(sys.argv[3]))
     else:
         compile_for(sys.argv[1], int(sys.argv[2]))

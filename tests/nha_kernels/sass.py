@@ -7,6 +7,10 @@ in registers, and writes its accumulator. The compiler must keep these registers
 are known that give them away (triton-lang/triton#11781, triton-lang/triton#11854): the kernel then computes something
 else, without a warning, and perhaps not on every run.
 
+`late_descriptors`: is the address of a wgmma's operand copied from a thread's registers (R2UR) behind an earlier wgmma
+of its group? Where ptxas 12.8 puts the copy there, that wgmma was seen to read shared memory out of bounds; ptxas 13.0
+puts it elsewhere. Not every such copy does harm: kernels are known that have some and are right.
+
 `early_reads`: does a thread read global memory before it waited for the kernel before (griddepcontrol.wait, ACQBULK)?
 """
 
@@ -20,6 +24,8 @@ from typing import TypeVar
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z]\w*(?:\.\w+)*)\s*([^;]*);")
 PRODUCT = re.compile(r"HGMMA\.64x(\d+)x16\.F32\b")
 REGISTER = re.compile(r"\bR(\d+)(\.64)?")
+UNIFORM = re.compile(r"\bUR(\d+)")
+DESCRIPTOR = re.compile(r"\bgdesc\[UR(\d+)\]")
 TARGET = re.compile(r"\b0x([0-9a-f]+)\s*$")
 # An operand that is not in brackets, after any predicates that the instruction writes too.
 DESTINATION = re.compile(r"(?:U?P[T\d]\s*,\s*)*R(\d+)")
@@ -33,18 +39,20 @@ MOST = 256
 
 @dataclass(frozen=True, slots=True)
 class Product:
-    """A wgmma, and its registers."""
+    """A wgmma, and its registers; descriptors: uniform ones, which hold where its operands lie in shared memory."""
 
     text: str
     left: range
     accumulator: range
+    descriptors: range
     ends_group: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Instruction:
-    """touched: registers read or written. wait: how many groups of wgmmas may be under way behind it. target: the
-    address that it may branch to. continues: may the next instruction follow?"""
+    """touched: registers read or written. uniform: the uniform register that a thread's is copied to. wait: how many
+    groups of wgmmas may be under way behind it. target: the address that it may branch to. continues: may the next
+    instruction follow?"""
 
     address: int
     name: str
@@ -52,6 +60,7 @@ class Instruction:
     written: frozenset[int]
     touched: frozenset[int]
     product: Product | None
+    uniform: int | None
     wait: int | None
     target: int | None
     continues: bool
@@ -69,6 +78,17 @@ def hazards(sass: str) -> list[str]:
         for product in (product for group in groups for product in group):
             if what := _touch(instruction, product):
                 found[f"{instruction.text} {what} of {product.text}"] = None
+    return list(found)
+
+
+def late_descriptors(sass: str) -> list[str]:
+    """A sentence for each wgmma whose descriptor is written by R2UR behind an earlier wgmma of its group."""
+    found: dict[str, None] = {}
+    nothing: tuple[bool, frozenset[tuple[int, str]]] = (False, frozenset())
+    for instruction, (_, written) in _walk(sass, nothing, _after_copies):
+        for register, text in sorted(written):
+            if instruction.product is not None and register in instruction.product.descriptors:
+                found[f"{text} writes the descriptor of {instruction.text}"] = None
     return list(found)
 
 
@@ -139,6 +159,18 @@ def _after(instruction: Instruction, groups: tuple[Group, ...]) -> tuple[Group, 
     return (*closed, last)
 
 
+def _after_copies(
+    instruction: Instruction, state: tuple[bool, frozenset[tuple[int, str]]]
+) -> tuple[bool, frozenset[tuple[int, str]]]:
+    """Behind an instruction: is a group of wgmmas open, and which uniform registers were copied to since it is?"""
+    inside, written = state
+    if instruction.product is not None:
+        return (False, frozenset()) if instruction.product.ends_group else (True, written)
+    if inside and instruction.uniform is not None:
+        written |= {(instruction.uniform, instruction.text)}
+    return inside, written
+
+
 def _instructions(sass: str) -> Iterator[Instruction]:
     for match in INSTRUCTION.finditer(sass):
         address, predicate, operation, arguments = match.groups()
@@ -150,12 +182,13 @@ def _instructions(sass: str) -> Iterator[Instruction]:
             touched = written.union(product.left)
         else:
             written, touched = _registers(name, operation, arguments)
+        uniform = UNIFORM.search(arguments) if name == "R2UR" else None
         target = TARGET.search(arguments) if name in ("BRA", "CALL", "JMP") else None
         wait = TARGET.search(arguments) if operation.startswith("WARPGROUP.DEPBAR") else None
         always = predicate is None and (target is None or target.start() == 0)
         yield Instruction(
             address=int(address, 16), name=name, text=text, written=written, touched=touched, product=product,
-            wait=wait and int(wait[1], 16), target=target and int(target[1], 16),
+            uniform=uniform and int(uniform[1]), wait=wait and int(wait[1], 16), target=target and int(target[1], 16),
             continues=not (always and name in ("BRA", "JMP", "BRX", "EXIT", "RET")),
         )  # fmt: skip
 
@@ -167,10 +200,15 @@ def _product(text: str, operation: str, arguments: str) -> Product:
         raise ValueError(f"expected a product of 16-bit numbers with fp32 sums, got {text}")
     first, left, *_ = (operand.strip() for operand in arguments.split(","))
     accumulator, rows = int(first.removeprefix("R")), REGISTER.match(left)
+    descriptor = DESCRIPTOR.search(arguments)
+    if descriptor is None:
+        raise ValueError(f"expected a product with shared memory, got {text}")
+    shared = int(descriptor[1])
     return Product(
         text=text,
         left=range(int(rows[1]), int(rows[1]) + 4) if rows else range(0),
         accumulator=range(accumulator, accumulator + int(match[1]) // 2),
+        descriptors=range(shared, shared + (2 if rows else 4)),
         ends_group="gsb0" in arguments,
     )
 

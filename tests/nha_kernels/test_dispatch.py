@@ -144,7 +144,9 @@ def test_on_a_gpu_the_most_fused_that_can_is_chosen(window: int, monkeypatch: py
         monkeypatch.setitem(IMPLEMENTATIONS, name, type(made)(name, made.why_not, lambda device: None, made.run))
     problem = describe(**ON_HOPPER, window=window)
     assert choose(problem, "auto").name == "triton"
-    assert choose(replace(problem, needs_grad=True), "auto").name == ("flash" if window else "chunked")
+    assert choose(replace(problem, needs_grad=True), "auto").name == "triton"
+    wide = replace(problem, head_dim=512, needs_grad=True)
+    assert choose(wide, "auto").name == "chunked"
     assert choose(replace(problem, dtype=torch.float64), "auto").name == "chunked"
 
 
@@ -195,7 +197,7 @@ FLASH_LIMITS = {
     "gradient of the lse": (dict(return_lse=True, needs_grad=True), r"no gradient for the log-sum-exp"),
 }
 TRITON_LIMITS = {
-    "a gradient": (dict(needs_grad=True), r"no backward"),
+    "the gradient of a wide head": (dict(needs_grad=True, value_dim=272), r"backward.*up to 256, not Dv = 272"),
     "float64": (dict(dtype=torch.float64), r"not float64"),
     "a head size above 512": (dict(head_dim=528), r"up to 512 as head size, not D = 528"),
     "a value size above 512": (dict(value_dim=528), r"up to 512 as head size, not Dv = 528"),
@@ -237,8 +239,9 @@ def test_triton_serves_wide_heads(sizes: dict[str, Any]) -> None:
     assert IMPLEMENTATIONS["triton"].why_not(describe(**{**ON_HOPPER, **sizes})) is None
 
 
-def test_flash_serves_gradients() -> None:
-    assert IMPLEMENTATIONS["flash"].why_not(describe(**ON_HOPPER, needs_grad=True)) is None
+@pytest.mark.parametrize("backend", ["flash", "triton"])
+def test_kernels_serve_gradients(backend: str) -> None:
+    assert IMPLEMENTATIONS[backend].why_not(describe(**ON_HOPPER, needs_grad=True)) is None
 
 
 @pytest.mark.parametrize("backend", ["naive", "chunked"])

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,8 @@ import triton
 from nha_kernels.fused.forward import ForwardConfig, describe, launchable_problems
 from nha_kernels.problem import Problem
 
-from .compiling import empty_inputs, name, resident_problems
-from .sass import early_reads, hazards
+from .compiling import backward_problems, empty_inputs, name, resident_problems
+from .sass import early_reads, hazards, late_descriptors
 
 # Shared memory that a block may have: CUDA C++ programming guide, technical specifications per compute capability.
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -32,6 +33,10 @@ SPILLED_WITH_ROPE = {  # by Triton 3.6 to 3.8
     "D128-NG4-W64-float32-rope": 580,
     "D64-NG4-W64-bfloat16-rope": 100,
 }
+# A backward pass keeps sums over all columns in registers. The most that any takes by Triton 3.6 to 3.8, but for the
+# rows of two query heads of 256.
+SPILLED_BACKWARD = {"scan_kernel": 0, "rows_kernel": 320, "slots_kernel": 500, "window_kernel": 120}
+SPILLED_WIDE = {"bfloat16-D256-NG2-delay40": 1000}
 # From 3.9 on Triton calls ptxas 13 for sm_90, for which these kernels need too many registers: right all the same, but
 # slow.
 FAST = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -97,6 +102,37 @@ def test_every_resident_variant_compiles(name: str) -> None:
             assert row["spilled"] <= spilled[row["kernel"]], row
         assert "HGMMA" in sass
         assert hazards(sass) == []
+
+
+# fp32 has no wgmmas whose registers could be given away, and takes as much shared memory everywhere: sm_80 has least.
+BACKWARD = [*product(("bfloat16", "float16"), SHARED_MEMORY), ("float32", 80)]
+
+
+@pytest.mark.parametrize(("dtype", "capability"), BACKWARD)
+def test_the_backward_pass_compiles(dtype: str, capability: int) -> None:
+    rows = compiled("backward", dtype, str(capability))
+    expected = {name(problem) for problem in backward_problems(dtype, capability)}
+    assert {row["problem"] for row in rows if row["kernel"] == "rows_kernel"} == expected
+    assert {row["kernel"] for row in rows} == {"scan_kernel", "rows_kernel", "slots_kernel", "window_kernel"}
+    for row in rows:
+        sass = row.pop("sass", None)
+        assert row["target"] == f"sm_{capability}"
+        assert row["cubin"] > 0
+        assert row["shared"] <= SHARED_MEMORY[capability], row
+        assert row["transposed_left"] == 0, row
+        assert not row["early"]
+        assert row["between_launches"] == []
+        if capability == 90:
+            assert ("HGMMA" in sass) == (row["kernel"] == "slots_kernel")
+            assert hazards(sass) == []
+            assert late_descriptors(sass) == []
+            if FAST:
+                assert row["serialised"] == []
+            if FAST and dtype == "bfloat16":
+                most = SPILLED_BACKWARD[row["kernel"]]
+                if row["kernel"] == "rows_kernel":
+                    most = SPILLED_WIDE.get(row["problem"], most)
+                assert row["spilled"] <= most, row
 
 
 def variant(problem: Problem) -> tuple[object, ...]:

@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from torch import Tensor
 
-from nha_kernels import UnsupportedCall, native_hybrid_attention
+from nha_kernels import UnsupportedCall, native_hybrid_attention, nha_decode_step
 
 from .helpers import (
     ON_GPU,
@@ -35,6 +35,7 @@ from .helpers import (
     part,
     short,
     skip_unserved,
+    slow,
 )
 from .test_backends import cases
 
@@ -126,6 +127,7 @@ CASES = {
         tokens=70, lengths=(33, 1, 36), past=(7, 0, 20), given=True, strength=True, mask=True, scale=0.2
     ),
 }
+FEW = ("80 slots", "rope, state", "packed", "everything")  # where a call takes seconds
 REAL = {
     "Llama-3-8B": Case(tokens=500, window=64, kv_heads=8, group=4, head_dim=128, slots=64, rope=True),
     "Qwen2.5-7B": Case(tokens=400, lengths=(150, 1, 249), window=64, kv_heads=4, group=7, head_dim=128, slots=64),
@@ -144,7 +146,7 @@ def assert_gradients_of(args: Arguments, backend: str) -> None:
 def table() -> list[Any]:
     rows = []
     for param in backends_and_dtypes(without=["naive"], needs_grad=True):
-        names = ["every case"] if param.marks else CASES
+        names = ["every case"] if param.marks else FEW if slow(param.values[0]) else CASES
         rows += [pytest.param(*param.values, name, id=f"{param.id}-{name}", marks=param.marks) for name in names]
     return rows
 
@@ -225,6 +227,36 @@ def test_one_input_alone_may_want_a_gradient(backend: str, wanted: str) -> None:
     (got,) = torch.autograd.grad(o.double().sum() + state.slot_v.sum(), [found[wanted]])
     assert torch.count_nonzero(got) > 0
     assert_same_gradients({wanted: got}, {wanted: expected})
+
+
+@pytest.mark.parametrize("backend", backends(without=["naive"], needs_grad=True))
+def test_the_tables_of_a_rotary_embedding_have_gradients(backend: str) -> None:
+    args = make(Case(tokens=24, past=(5,), rope=True), dtypes(backend, needs_grad=True)[0])
+
+    def of_tables(args: Arguments, backend: str) -> dict[str, Tensor]:
+        args, _ = leaves(args)
+        tables = tuple(table.detach().requires_grad_() for table in args["rope"])
+        o, _ = native_hybrid_attention(**{**args, "rope": tables, "backend": backend})
+        return dict(zip(("cos", "sin"), torch.autograd.grad(o.double().square().sum(), tables), strict=True))
+
+    wide = cast(args, torch.float64)
+    assert_gradients(of_tables(args, backend), of_tables(wide, "naive"), of_tables(args, "naive"), args["q"].dtype)
+
+
+@pytest.mark.parametrize("backend", backends(needs_grad=True))
+def test_a_state_that_moves_on_does_not_change_a_backward_still_to_come(backend: str) -> None:
+    args = make(Case(tokens=30, past=(9,), window=8), dtypes(backend, needs_grad=True)[0])
+    args["initial_state"] = args["initial_state"].with_full_capacity()
+    q, k, v, g = (args[name].detach().requires_grad_() for name in "qkvg")
+    state = args["initial_state"].clone()
+    rest = {name: x for name, x in args.items() if name not in ("q", "k", "v", "g", "initial_state")}
+    rest |= {"initial_state": state, "backend": backend}
+    (expected,) = torch.autograd.grad(native_hybrid_attention(q, k, v, g, **rest)[0].sum(), k)
+    o, _ = native_hybrid_attention(q, k, v, g, **rest)
+    with torch.no_grad():
+        nha_decode_step(q[:, :1], k[:, :1], v[:, :1], g[:, :1], state, args["window_size"])
+    assert state.seen.tolist() == [10]
+    assert torch.equal(torch.autograd.grad(o.sum(), k)[0], expected)
 
 
 @pytest.mark.parametrize("backend", backends(needs_grad=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .sass import early_reads, hazards
+from .sass import early_reads, hazards, late_descriptors
 
 # Two groups: R24 .. R31 = R4 .. R7 times shared memory, and R32 .. R39 = R8 .. R11 times shared memory.
 PRODUCTS = (
@@ -83,6 +83,47 @@ def test_branches_are_followed() -> None:
     assert len(hazards(listing("BRX R2 -0x10", *PRODUCTS, "MOV R4, R12", WAIT))) == 1  # who knows how it got there
 
 
+# One group: R24 .. R31 += both operands in shared memory, twice.
+GROUP = (
+    "WARPGROUP.ARRIVE",
+    "HGMMA.64x16x16.F32.BF16 R24, gdesc[UR4], RZ, !UPT",
+    "HGMMA.64x16x16.F32.BF16 R24, gdesc[UR8], R24, gsb0",
+)
+SECOND_FROM_REGISTERS = "HGMMA.64x16x16.F32.BF16 R24, R4, gdesc[UR8], R24, gsb0"
+
+
+@pytest.mark.parametrize("copy", ["R2UR UR8, R2", "@P0 R2UR UR11, R2", "R2UR.OR P1, UR9, R2"])
+def test_an_address_copied_inside_a_group_is_found(copy: str) -> None:
+    arrive, first, second = GROUP
+    (sentence,) = late_descriptors(listing(arrive, first, copy, second, WAIT))
+    assert copy in sentence
+    assert second in sentence
+    assert late_descriptors(listing(copy, *GROUP, WAIT)) == []
+    assert late_descriptors(listing(arrive, copy, first, second, WAIT)) == []
+    assert late_descriptors(listing(*GROUP, copy, *GROUP, WAIT)) == []  # between two groups
+
+
+@pytest.mark.parametrize("between", ["R2UR UR7, R2", "R2UR UR12, R2", "UMOV UR8, UR3", "UIADD3 UR10, UR4, 0x2, URZ"])
+def test_what_leaves_the_descriptor_alone(between: str) -> None:
+    arrive, first, second = GROUP
+    assert late_descriptors(listing(arrive, first, between, second, WAIT)) == []
+
+
+def test_one_operand_in_shared_memory_takes_half_a_descriptor() -> None:
+    assert late_descriptors(listing(*GROUP[:2], "R2UR UR10, R2", SECOND_FROM_REGISTERS, WAIT)) == []
+    assert len(late_descriptors(listing(*GROUP[:2], "R2UR UR9, R2", SECOND_FROM_REGISTERS, WAIT))) == 1
+
+
+def test_groups_are_followed_round_branches() -> None:
+    arrive, first, second = GROUP
+    aside = ("@P0 BRA 0x50", second, WAIT, "EXIT")
+    assert len(late_descriptors(listing(arrive, first, *aside[:2], "EXIT", "R2UR UR8, R2", "BRA 0x30"))) == 1
+    assert late_descriptors(listing(arrive, first, *aside[:2], "EXIT", "R2UR UR3, R2", "BRA 0x30")) == []
+    # A loop whose only product closes the group: the copy stands behind no other.
+    assert late_descriptors(listing("R2UR UR8, R2", second, "@P0 BRA 0x0", WAIT)) == []
+    assert len(late_descriptors(listing("R2UR UR4, R2", first, "@P0 BRA 0x0", second, WAIT))) == 1
+
+
 def test_reads_come_behind_the_wait_on_every_path() -> None:
     load = "LDG.E.64 R8, desc[UR4][R2.64]"
     assert early_reads(listing("PREEXIT", "ACQBULK", load, "UTMALDG.4D [UR8], [UR4]")) == []
@@ -96,5 +137,7 @@ def test_reads_come_behind_the_wait_on_every_path() -> None:
 def test_what_it_cannot_read_it_refuses() -> None:
     with pytest.raises(ValueError, match="expected a product of 16-bit numbers"):
         hazards(listing("QGMMA.64x16x32.F32.E4M3.E4M3 R24, gdesc[UR4], RZ, !UPT, gsb0"))
+    with pytest.raises(ValueError, match="expected a product with shared memory"):
+        late_descriptors(listing("HGMMA.64x16x16.F32.BF16 R24, R4, R8, RZ, !UPT, gsb0"))
     with pytest.raises(ValueError, match="under way at once"):
         hazards(listing(*PRODUCTS, "BRA 0x0"))

@@ -503,7 +503,7 @@ def test_predictions_grow_with_the_tokens_and_for_full_attention_with_the_length
     before, after = Case(tiny, 4, 512, "float32"), Case(tiny, 1, 4096, "float32")
     assert lab.predicted_s(full, after) is None
     for contender in (linear, full):
-        lab.last[contender.name, tiny, "float32"] = (before, 0.5)
+        lab.last[contender.name, *before.kind] = (before, 0.5)
     assert lab.predicted_s(linear, after) == 1.0  # twice the tokens
     assert lab.predicted_s(full, after) == 8.0  # each of which sees eight times as many
 

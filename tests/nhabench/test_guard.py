@@ -28,7 +28,7 @@ from nhabench.contender import Contender
 from nhabench.environment import read_environment
 from nhabench.floors import Ceilings
 from nhabench.gpu import GpuWatch
-from nhabench.guard import AN_INPUT, REMEMBERED, SPOILT, UNCHECKED, WROTE, fingerprint, marks, out_of_turn, refill
+from nhabench.guard import AN_INPUT, REMEMBERED, SPOILT, UNCHECKED, WROTE, fingerprint, mark, marks, out_of_turn, refill
 from nhabench.implementations import attend
 from nhabench.inputs import Inputs, make_inputs
 from nhabench.lab import Lab
@@ -243,12 +243,12 @@ def test_honest_work_on_a_gpu_is_in_turn() -> None:
 @pytest.mark.parametrize("length", [1, 64, 200])
 def test_marks_do_not_hang_on_how_much_is_read_at_once(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
     o = torch.randn(2, length, 4, 16, generator=torch.Generator().manual_seed(3))
-    whole = marks(o)
+    whole = mark(o)
     assert whole.projections.shape == (-(-length // guard.BLOCK), 2, guard.VECTORS)
     assert whole.norm == pytest.approx(float(o.norm()))
     monkeypatch.setattr(guard, "ROOM", 1)
-    assert torch.allclose(marks(o).projections, whole.projections, rtol=0, atol=1e-4)
-    in_blocks = marks(o)
+    assert torch.allclose(mark(o).projections, whole.projections, rtol=0, atol=1e-4)
+    in_blocks = mark(o)
     o[1, -1] += 1.0  # of the last block of one sequence only
-    changed = (marks(o).projections != in_blocks.projections).any(-1).nonzero().tolist()
+    changed = (mark(o).projections != in_blocks.projections).any(-1).nonzero().tolist()
     assert changed == [[len(whole.projections) - 1, 1]]

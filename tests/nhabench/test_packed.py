@@ -439,6 +439,6 @@ def test_full_attention_is_predicted_from_the_squares_of_the_lengths(lab: Lab, t
     full, nha = named("torch-varlen"), named("chunked")
     before, after = Case(tiny, 1, 64, "float32", 64), Case(tiny, 1, 64, "float32", 1)
     for contender in (full, nha):
-        lab.last[contender.name, tiny, "float32"] = (before, 0.5)
+        lab.last[contender.name, *before.kind] = (before, 0.5)
     assert lab.predicted_s(nha, after) == 0.5
     assert lab.predicted_s(full, after) == 0.5 * 64 * 64 / 64

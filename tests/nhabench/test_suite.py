@@ -76,12 +76,14 @@ def test_every_suite_has_cases_for_every_device(
         row(
             workload=w.name, q_heads=w.q_heads, kv_heads=w.kv_heads, head_dim=w.head_dim, slots=w.slots,
             window=w.window, batch=case.batch, seq_len=case.seq_len, sequences=case.sequences,
+            direction=case.direction,
         )
         for case, w in shapes
     ]  # fmt: skip
     drawn = suite.draw(rows, tmp_path)
     assert drawn
     assert all(path.parent == tmp_path for path in drawn)
+    assert (suite.name == "training") == all(case.training for case in cases)
 
 
 TINY = """
@@ -214,6 +216,34 @@ def test_packed_sequences_are_benchmarks_too(tmp_path: Path) -> None:
     assert {row.sequences for row in load_rows(tmp_path / "results" / "tiny.csv")} == {4}
     drawn = {path.name for path in (tmp_path / "results" / "tiny").iterdir()}
     assert "forward-w-packed-40-latency.png" in drawn
+
+
+def test_training_is_benchmarked_beside_the_forward_pass_and_not_mixed_with_it(tmp_path: Path) -> None:
+    both = """[Case(SHAPES[0], 1, length, dtype, 0, direction)
+        for direction in ("forward", "training") for length in (40, 60)]"""
+    text = TINY.replace("[Case(one, 1, 40, dtype) for one in SHAPES]", both).replace('"naive"', '"sdpa-math"')
+    done, told = run(tmp_path, text)
+    assert done.returncode == 0, done.stdout
+    assert {one["group"] for one in told} == {
+        f"tiny: w 1 x {length} float32{direction}, M=8, W=8" for length in (40, 60) for direction in ("", " training")
+    }
+    rows = {(row.direction, row.seq_len, row.implementation): row for row in load_rows(tmp_path / "results/tiny.csv")}
+    assert len(rows) == 2 * 2 * 3
+    for one in told:
+        extra = one["extra_info"]
+        length = int(one["group"].split()[4])
+        row = rows[extra["direction"], length, extra["implementation"]]
+        assert 1e3 * median(one["stats"]["data"]) == pytest.approx(row.median_ms)
+        assert row.floor_bytes * (1 if row.direction == "training" else 3) == (
+            rows["training", length, row.implementation].floor_bytes
+        )
+    assert rows["training", 40, "chunked"].error != rows["forward", 40, "chunked"].error
+    names = {path.name for path in (tmp_path / "results/tiny").iterdir()}
+    assert names >= {f"{one}-w-{kind}.png" for one in ("forward", "training") for kind in ("latency", "speedup")}
+    page = (tmp_path / "results/tiny.html").read_text()
+    assert "tiny.csv: forward + backward, " in page
+    assert "tiny.csv: forward, " in page
+    assert "Forward + backward latency" in page
 
 
 def test_what_is_wrong_fails_and_has_no_time(tmp_path: Path) -> None:

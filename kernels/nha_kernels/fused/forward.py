@@ -1,17 +1,18 @@
-"""triton: the fused forward, a state pass and an output kernel. No gradient yet."""
+"""triton: the fused forward, a state pass and an output kernel, or one kernel that keeps the slots on the chip."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import product
 
 import torch
 
 from ..problem import Inputs, Problem, Result
 from ..slots import final_slots, initial_slots
+from .backward import run_differentiably
 from .limits import DTYPES
 from .output import OutputConfig, output_launch
 from .primitives import Launch, Operands
@@ -65,6 +66,8 @@ def choose(problem: Problem, processors: int) -> ForwardConfig | ResidentConfig:
 
 def run(problem: Problem, inputs: Inputs, config: ForwardConfig | ResidentConfig | None = None) -> Result:
     """Serve a call with a config (default: `choose`); never waits for the device."""
+    if problem.needs_grad and torch.is_grad_enabled():
+        return run_differentiably(problem, inputs, partial(run, config=config))
     if config is None:
         config = choose(problem, _processors(inputs.q.device))
     launches, result = describe(problem, inputs, config)

@@ -25,8 +25,6 @@ def why_unavailable(device_type: str) -> str | None:
 
 def why_not(problem: Problem) -> str | None:
     """Why `triton` cannot serve a call: the limits of the fused kernels."""
-    if problem.needs_grad:
-        return "the fused kernels have no backward yet"
     if problem.capability is not None and not has_room(problem.capability):
         return (
             "the fused kernels are sized for GPUs with 163 KB of shared memory a block (compute capability 8.0, 8.7, "
@@ -37,6 +35,8 @@ def why_not(problem: Problem) -> str | None:
     for name, size in (("D", problem.head_dim), ("Dv", problem.value_dim)):
         if size > 512 or size % 16:
             return f"the fused kernels take multiples of 16 up to 512 as head size, not {name} = {size}"
+        if problem.needs_grad and size > 256:
+            return f"the fused backward takes head sizes up to 256, not {name} = {size}"
     if problem.slots > 256:
         return f"the fused kernels take up to 256 slots, not {problem.slots}"
     if problem.device == "cpu" and problem.dtype == torch.bfloat16:

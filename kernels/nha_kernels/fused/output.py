@@ -25,6 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..problem import Inputs, Problem
+from .pairs import tree_pairs, tree_rows, tree_tokens
 from .primitives import (
     ANCHOR,
     FORGET,
@@ -108,28 +109,6 @@ def softmax_step(b_logit, b_max, b_sum):
 
 
 @triton.jit
-def tree_masks(level: tl.constexpr, tok, u):
-    """At one level of the tree, halves of 2^level tokens: which pairs (row, token) meet across the middle of a block,
-    which gates lie between the middle and the row, and which between the token and the middle.
-
-    tok: the rows' token in the tile [BR]; u: the slot tokens', relative to the tile's first [J].
-    Gives m_pair [BR, J], m_row [BR, J], m_token [J, J].
-    """
-    half: tl.constexpr = 2**level
-    m_inside = u >= 0
-    b_block = tl.where(m_inside, u, 0) // (2 * half)
-    m_first = m_inside & (tl.where(m_inside, u, 0) // half % 2 == 0)
-    r_block = tok // (2 * half)
-    r_middle = r_block * (2 * half) + half
-    m_second = tok // half % 2 == 1
-    m_pair = m_second[:, None] & m_first[None, :] & (r_block[:, None] == b_block[None, :])
-    m_row = (u[None, :] >= r_middle[:, None]) & (u[None, :] <= tok[:, None])
-    middle = b_block * (2 * half) + half
-    m_token = (u[None, :] > u[:, None]) & (u[None, :] < middle[:, None])
-    return m_pair, m_row, m_token
-
-
-@triton.jit
 def anchored_logits(b_dots, b_earlier, b_g, b_strength, tok, u):
     """q . K~ of a block of slots by the one anchor.
 
@@ -197,9 +176,8 @@ def factors_before(b_g, b_strength, tok, u, dtype):
 @triton.jit
 def factors_at(level: tl.constexpr, b_g, b_strength, tok, u, dtype):
     """At one level of the tree: which pairs (row, token) [BR, J], and the factors of tokens and rows."""
-    m_pair, m_row, m_token = tree_masks(level, tok, u)
-    b_token = b_strength * tl.exp2(sum_gates(m_token, b_g, dtype))
-    return m_pair, b_token, tl.exp2(sum_gates(m_row, b_g, dtype))
+    b_token = b_strength * tl.exp2(sum_gates(tree_tokens(level, u), b_g, dtype))
+    return tree_pairs(level, tok, u), b_token, tl.exp2(sum_gates(tree_rows(level, tok, u), b_g, dtype))
 
 
 @triton.jit

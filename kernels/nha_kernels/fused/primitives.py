@@ -115,6 +115,20 @@ def load_tokens_transposed(p_call, p_recent, start, n, seen, position, m_exists,
 
 
 @triton.jit
+def store_tokens(p_call, p_recent, b_x, start, n, seen, position, m_exists, h, H, R, size, column, m_column):
+    """Write rows [rows, columns] where `load_tokens` reads them."""
+    m_call = m_exists & (position >= 0)
+    row = (start + position) * H + h
+    b_x = b_x.to(p_call.dtype.element_ty)
+    tl.store(p_call + row[:, None] * size + column[None, :], b_x, mask=m_call[:, None] & m_column[None, :])
+    if p_recent is not None:
+        m_ring = m_exists & (position < 0)
+        place = tl.where(m_ring, seen + position, 0) % R
+        row = (n.to(tl.int64) * R + place) * H + h
+        tl.store(p_recent + row[:, None] * size + column[None, :], b_x, mask=m_ring[:, None] & m_column[None, :])
+
+
+@triton.jit
 def at_least(b_g, lowest: tl.constexpr):
     """Gates no stronger than `lowest`, in their own dtype."""
     return tl.maximum(b_g.to(tl.float32), lowest).to(b_g.dtype)

@@ -83,7 +83,8 @@ def _segment_length(problem: Problem) -> int:
 @dataclass(frozen=True, slots=True)
 class StoredStates:
     """What the state pass writes: states [segments * L / C, H, M, E], the slots before every chunk, and the final slots
-    [N, H, M, E] fp32 if asked for. segments, layout: as `Operands.pieces` gives them."""
+    [N, H, M, E] fp32 if asked for. segments, layout: as `Operands.pieces` gives them. totals [segments, H, M] fp32: the
+    sum of each segment's gates, in log2."""
 
     states: Tensor
     final: Tensor | None
@@ -91,6 +92,7 @@ class StoredStates:
     layout: Layout
     chunk: int
     chunks_a_segment: int
+    totals: Tensor
 
 
 @triton.jit(do_not_specialize=["T", "R", "delay", "segments", "N"])
@@ -186,9 +188,10 @@ def segment_kernel(
 def scan_kernel(
     layout, p_ends, p_totals, p_initial, p_final, segments,
     H: tl.constexpr, M: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, AHEAD: tl.constexpr,
-    IS_EARLY: tl.constexpr,
+    IS_EARLY: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one kv head, BM slots, BE columns: turn the segments' contributions into the slots before each.
+    BACKWARD: from the last to the first, so that a segment gets what those behind it come to.
 
     p_ends [segments, H, M, E] fp32, in place; p_initial, p_final [N, H, M, E] fp32 (either may be None).
     IS_EARLY: launched so, as is the kernel behind it.
@@ -213,6 +216,11 @@ def scan_kernel(
         b_state = tl.zeros([BM, BE], tl.float32)
     else:
         b_state = tl.load(p_initial + own, mask=m_state, other=0.0)
+    if BACKWARD:
+        first += count - 1
+        step = -H * M
+    else:
+        step = H * M
     row = (first.to(tl.int64) * H + h) * M + m
     for _ in tl.range(0, count, num_stages=AHEAD):
         p_end = p_ends + row[:, None] * E + e[None, :]  # [BM, BE]
@@ -220,7 +228,7 @@ def scan_kernel(
         b_decay = tl.exp2(tl.load(p_totals + row, mask=m_slot, other=0.0))  # [BM]
         tl.store(p_end, b_state, mask=m_state)
         b_state = b_state * b_decay[:, None] + b_end
-        row += H * M
+        row += step
     if p_final is not None:
         tl.store(p_final + own, b_state, mask=m_state)
 
@@ -239,12 +247,12 @@ def state_launches(
     def empty(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
         return torch.empty(*shape, dtype=dtype, device=operands.tokens.k.device)
 
+    ends, totals = empty(pieces, heads, slots, width), empty(pieces, heads, slots)
     stored = StoredStates(
         states=empty(pieces * chunks, heads, slots, width, dtype=problem.dtype),
         final=empty(problem.sequences, heads, slots, width) if problem.output_final_state else None,
-        segments=segments, layout=layout, chunk=config.chunk, chunks_a_segment=chunks,
+        segments=segments, layout=layout, chunk=config.chunk, chunks_a_segment=chunks, totals=totals,
     )  # fmt: skip
-    ends, totals = empty(pieces, heads, slots, width), empty(pieces, heads, slots)
     slot_block = min(64, max(16, triton.next_power_of_2(slots)))
     segment = dict(
         tokens=operands.tokens, recent=operands.recent, layout=layout, p_ends=ends, p_totals=totals,
@@ -264,7 +272,7 @@ def state_launches(
 
 def scan_launch(
     problem: Problem, layout: Layout, ends: Tensor, totals: Tensor, initial: Tensor | None, final: Tensor | None,
-    segments: int, early: bool = False,
+    segments: int, early: bool = False, backward: bool = False,
 ) -> Launch:  # fmt: skip
     """The launch that turns ends [pieces, H, M, E] into the slots before each segment; arguments as `scan_kernel`'s."""
     heads, slots, width = problem.kv_heads, problem.slots, problem.head_dim + problem.value_dim
@@ -274,7 +282,7 @@ def scan_launch(
     rows, warps, ahead = (8, 4, 8) if early else (1, 1, 4)
     arguments = dict(
         layout=layout, p_ends=ends, p_totals=totals, p_initial=initial, p_final=final, segments=segments, H=heads,
-        M=slots, E=width, BM=rows, BE=columns, AHEAD=ahead, IS_EARLY=early,
+        M=slots, E=width, BM=rows, BE=columns, AHEAD=ahead, IS_EARLY=early, BACKWARD=backward,
     )  # fmt: skip
     grid = (problem.sequences, heads, -(-slots // rows) * -(-width // columns))
     return Launch(scan_kernel, grid, arguments, {"num_warps": warps, **(EARLY if early else {})})
