@@ -117,9 +117,8 @@ def resident_problems() -> dict[str, Problem]:
 # Head size and group of the backward passes that are compiled: a few of the tiles that BackwardConfig.default chooses,
 # since ptxas takes seconds for each; but for Hopper only the last of a dtype, which takes the most shared memory.
 BACKWARD = {
-    torch.bfloat16: ((16, 4), (64, 1), (128, 4), (256, 1), (256, 2)),
+    torch.bfloat16: ((16, 4), (128, 4), (256, 1), (256, 2)),
     torch.float16: ((128, 4),),
-    torch.float32: ((256, 1),),
 }
 
 

@@ -95,8 +95,11 @@ def judged(name: str) -> tuple[Arguments, dict[str, Tensor], dict[str, Tensor]]:
     return args, reference, gradients(args, everything("naive"))
 
 
-@pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    ("name", "case"),
+    # A call takes seconds to interpret: there each of the settings meets one of the cases.
+    [(name, case) for i, name in enumerate(SETTINGS) for j, case in enumerate(CASES) if ON_GPU or i % len(CASES) == j],
+)
 def test_settings_do_not_change_the_answer(name: str, case: str) -> None:
     args, reference, naive = judged(case)
     with launched(SETTINGS[name]):
@@ -123,7 +126,7 @@ ANCHORED = {"rows": {"anchored": True}, "slots": {"anchored": True}}
 
 @pytest.mark.parametrize(
     ("gates", "group"),
-    [("mild", 2), ("strong", 1), ("-20", 2), ("-60", 1), ("mixed", 2), ("spikes", 1), ("mixed", 4), ("strong", 4)],
+    [("mild", 2), ("-20", 2), ("-60", 1), ("spikes", 1), ("mixed", 4), ("strong", 4)],
 )
 def test_the_anchor_loses_no_more_than_its_cut(gates: str, group: int) -> None:
     """The anchored decays, which bf16 uses, in fp32. A token is never forgotten below 2^-13 of what it wrote; so each
@@ -161,9 +164,11 @@ def test_nothing_is_kept_but_inputs_and_lse(options: dict[str, Any]) -> None:
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
         o, _ = native_hybrid_attention(**args, backend="triton")
     assert o.requires_grad
-    (lse,) = (x for place, x in kept.items() if place not in given)
+    *copies, lse = (x for place, x in kept.items() if place not in given)
     assert (lse.shape, lse.dtype) == (o.shape[:3], torch.float32)
     assert lse.untyped_storage().nbytes() == lse.numel() * 4
+    # The state, which may move on.
+    assert [x.shape for x in copies] == [x.shape for x in args["initial_state"].tensors().values()]
 
 
 def tensors_of(args: Arguments) -> list[Tensor]:

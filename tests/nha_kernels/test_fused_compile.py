@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -105,7 +104,7 @@ def test_every_resident_variant_compiles(name: str) -> None:
 
 
 # fp32 has no wgmmas whose registers could be given away, and takes as much shared memory everywhere: sm_80 has least.
-BACKWARD = [*product(("bfloat16", "float16"), SHARED_MEMORY), ("float32", 80)]
+BACKWARD = [("bfloat16", 80), ("bfloat16", 90), ("float16", 90), ("bfloat16", 100)]
 
 
 @pytest.mark.parametrize(("dtype", "capability"), BACKWARD)

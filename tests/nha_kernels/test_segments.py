@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from nha_kernels import NHAState, layout, native_hybrid_attention, nha_decode_step
 
-from .helpers import FLOAT64, Case, call, error, everything, gradients, make
+from .helpers import FLOAT64, Case, backends, call, dtypes, error, everything, gradients, make
 
 
 def small_segments(monkeypatch: pytest.MonkeyPatch, blocks: int, case: Case) -> None:
@@ -62,10 +62,10 @@ def test_autocast_around_the_backward_changes_nothing() -> None:
         assert torch.equal(without, within)
 
 
-@pytest.mark.parametrize("backend", ["naive", "chunked"])
+@pytest.mark.parametrize("backend", backends(needs_grad=True))
 def test_activation_checkpointing_keeps_nothing_between(backend: str) -> None:
     """What only the backward needs must be seen by autograd's hooks, or checkpointing would save no memory."""
-    args = make(Case(tokens=80, window=8), torch.float32, "cpu")
+    args = make(Case(tokens=80, window=8), dtypes(backend, needs_grad=True)[0])
     kept: list[weakref.ref[torch.Tensor]] = []
 
     def layer(q: torch.Tensor) -> torch.Tensor:

@@ -97,6 +97,18 @@ def running_sum(m_rows, b_x, dtype):
         return dot(m_rows.to(tl.float32), b_x)
 
 
+@triton.jit
+def rounding_of(b_g):
+    """exp(g) over exp2(g * log2(e)), whose exponent is rounded: at -60 that is 4e-6 of it in fp32, and all of a gate's
+    gradient has exp(g) for a factor."""
+    HIGH: tl.constexpr = 1.4423828125  # log2(e) to 12 bits, and the rest of it
+    LOW: tl.constexpr = 0.00031222838896
+    b_high = (b_g.to(tl.int32, bitcast=True) & -4096).to(tl.float32, bitcast=True)
+    b_low = b_g - b_high
+    b_lost = (b_high * HIGH - b_g * LOG2E) + b_high * LOW + b_low * HIGH + b_low * LOW
+    return 1.0 + b_lost / LOG2E
+
+
 @triton.jit(do_not_specialize=["T", "R", "delay", "segments", "N", "all_tokens", "ring_tokens"])
 def slots_kernel(
     p_q, p_do, p_da, p_p, tokens, recent, layout, p_states, p_ends, p_terms, grads, recent_grads,
@@ -269,6 +281,8 @@ def slots_kernel(
             b_ds = b_behind + (b_inside + b_own) / before
             if tokens.s is None:
                 b_dg -= b_ds * tl.exp2(b_g.to(tl.float32) * LOG2E)
+            if EXACT:
+                b_dg *= rounding_of(b_cut.to(tl.float32))
             store_tokens(p_dkv, p_recent_dkv, b_dx, start, n, seen, position, m_exists, h, H, R, E, e, m_column)
             store_tokens(p_dg, p_recent_dg, b_dg, start, n, seen, position, m_exists, h, H, R, M, m, m_slot)
             if tokens.s is not None:
