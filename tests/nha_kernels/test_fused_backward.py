@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -169,6 +170,27 @@ def test_nothing_is_kept_but_inputs_and_lse(options: dict[str, Any]) -> None:
     assert lse.untyped_storage().nbytes() == lse.numel() * 4
     # The state, which may move on.
     assert [x.shape for x in copies] == [x.shape for x in args["initial_state"].tensors().values()]
+
+
+def test_what_a_pass_no_longer_needs_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slots' states, the weights on them and the terms are the largest buffers, and not for the last pass."""
+    from nha_kernels.fused import backward
+
+    slots_launches, window_launch = backward.slots_launches, backward.window_launch
+    large: list[weakref.ref[Tensor]] = []
+
+    def noting(problem: Any, inputs: Any, operands: Any, stored: Any, states: Any, rows: Any, *rest: Any) -> Any:
+        large.extend(map(weakref.ref, (stored.states, rows.weights, rows.logits, rows.terms)))
+        return slots_launches(problem, inputs, operands, stored, states, rows, *rest)
+
+    def checking(*arguments: Any) -> Any:
+        assert [x() for x in large] == [None] * 4
+        return window_launch(*arguments)
+
+    monkeypatch.setattr(backward, "slots_launches", noting)
+    monkeypatch.setattr(backward, "window_launch", checking)
+    gradients(make(Case(tokens=20, window=4, kv_heads=1, group=1), NARROW), everything("triton"))
+    assert large
 
 
 def tensors_of(args: Arguments) -> list[Tensor]:

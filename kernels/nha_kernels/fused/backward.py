@@ -110,13 +110,11 @@ def passes(
 
 
 def gradients(
-    problem: Problem, inputs: Inputs, lse: Tensor, grad_o: Tensor, grad_lse: Tensor | None, grad_final: Tensor | None,
-    config: BackwardConfig | None = None,
+    problem: Problem, inputs: Inputs, lse: Tensor, grad_o: Tensor, grad_lse: Tensor | None, grad_final: Tensor | None
 ) -> dict[str, Tensor | None]:  # fmt: skip
     """The gradients of a call that had the log-sum-exp lse, by the names of `Arguments`; grad_final [N, H, M, E]: of
     the slots after it."""
-    if config is None:
-        config = BackwardConfig.default(problem)
+    config = BackwardConfig.default(problem)
     asked, rotation = inputs, _Rotation.of(problem, inputs)
     if rotation is not None:
         problem, inputs = replace(problem, positions="given"), rotation.rotated(inputs)
@@ -126,6 +124,7 @@ def gradients(
     with torch.cuda.device(lse.device) if problem.device == "cuda" else nullcontext():
         for launch in passes(problem, inputs, lse, grad_o, grad_lse, grad_final, config, found):
             launch()
+            del launch  # it would hold what its pass lets go
     # Where the window's queries or keys were not given, they came from q and k.
     for name, window, given in (
         ("q", "q_window", asked.q_window), ("k", "k_window", asked.k_window),
