@@ -71,7 +71,8 @@ def first_output(call: Step, inputs: Inputs) -> tuple[Output, int | None]:
 
 
 def check_against(o: Output, truth: Output, name: str, tolerance: Sequence[Distance]) -> Verdict:
-    """Compare an output, o [B,T,HQ,D] or gradients, with a float64 reference: each tensor by its own tolerance."""
+    """Compare an output, o [B,T,HQ,D] and in training gradients, with a float64 reference: each tensor by its own
+    tolerance."""
     names = RESULTS[: len(o)] if isinstance(o, tuple) else ("",)
     each = zip(distances(o, truth), tolerance, names, strict=True)
     verdicts = [Verdict(measured, allowed, name, of) for measured, allowed, of in each]

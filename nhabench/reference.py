@@ -166,8 +166,8 @@ class Judge:
         self.chunked_is_exact = self.chunked_error <= 2 * terms * torch.finfo(torch.float64).eps
 
     def reference(self, inputs: Inputs) -> tuple[Output, str]:
-        """(o or gradients in float64, the name of what computed it). Raises ArithmeticError when chunked cannot be
-        trusted."""
+        """(o in float64, in training with gradients, and the name of what computed it). Raises ArithmeticError when
+        chunked cannot be trusted."""
         if inputs.case.tokens <= NAIVE_LENGTH:
             return self._apart(inputs, "naive"), "naive float64"
         if not self.chunked_is_exact:
