@@ -90,7 +90,10 @@ def works_when_watched(honest: Run) -> Run:
 
     def run(inputs: Inputs) -> torch.Tensor:
         o = torch.empty_like(inputs.q)
-        return honest(inputs) if o.isnan().any() else o
+        if not o.isnan().any():
+            return o
+        o.zero_()  # poisoned memory that is left over from a check is no reason to work when it is timed
+        return honest(inputs)
 
     return run
 
