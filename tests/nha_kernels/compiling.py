@@ -202,7 +202,7 @@ def compile_for(dtype: str, capability: int) -> None:
     for problem in launchable_problems():
         if str(problem.dtype) != f"torch.{dtype}":
             continue
-        launches, _ = describe(problem, empty_inputs(problem), ForwardConfig.default(problem))
+        launches, *_ = describe(problem, empty_inputs(problem), ForwardConfig.default(problem))
         for launch in launches:
             if is_new(launch, seen):
                 report(name(problem), launch, capability)
@@ -245,7 +245,7 @@ def compile_resident(name: str) -> None:
     triton.knobs.nvidia.dump_ptxas_log = True
     problem = resident_problems()[name]
     # A descriptor asks for an address, so these inputs have one.
-    launches, _ = describe(problem, empty_inputs(problem, "cpu"), choose(problem, processors=132))
+    launches, *_ = describe(problem, empty_inputs(problem, "cpu"), choose(problem, processors=132))
     for launch in launches:
         report(name, launch, 90, listing=True)
 

@@ -169,7 +169,7 @@ def test_many_short_sequences_take_no_more_states_than_their_tokens() -> None:
     case = Case(tokens=4096, lengths=(8,) * 512, window=4, kv_heads=1, head_dim=64)
     args = make(case, torch.float32, "cpu")
     problem = explain(**args).problem
-    launches, _ = describe(problem, inputs_of(args), ForwardConfig.default(problem))
+    launches, *_ = describe(problem, inputs_of(args), ForwardConfig.default(problem))
     states = launches[0].arguments["p_states"]
     chunk = launches[-1].arguments["C"]
     assert len(states) <= 4 * (case.tokens // chunk + problem.sequences)

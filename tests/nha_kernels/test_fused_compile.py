@@ -137,7 +137,7 @@ def test_the_backward_pass_compiles(dtype: str, capability: int) -> None:
 def variant(problem: Problem) -> tuple[object, ...]:
     """What decides an output kernel's registers and shared memory."""
     config = ForwardConfig.default(problem)
-    launches, _ = describe(problem, empty_inputs(problem), config)
+    launches, *_ = describe(problem, empty_inputs(problem), config)
     output = launches[-1].arguments
     sizes = (output[key] for key in ("BR", "J", "BN", "BM", "BD", "BDV", "EXACT"))
     return problem.dtype, config.states.chunk, config.output.warps, *sizes

@@ -158,7 +158,7 @@ def test_a_call_starts_behind_what_came_before_it(tokens: int, final: bool, grou
     k, v, g = (torch.zeros(2, tokens, 1, size, dtype=torch.bfloat16) for size in (128, 128, 64))
     problem = explain(q, k, v, g, 16, output_final_state=final).problem
     config = SingleConfig(4) if group == 1 else ResidentConfig(4)
-    launches, _ = forward.describe(problem, inputs_of(dict(q=q, k=k, v=v, g=g)), config)
+    launches, *_ = forward.describe(problem, inputs_of(dict(q=q, k=k, v=v, g=g)), config)
     assert len(launches) == (1 if tokens <= 64 and not final else 3)
     assert [launch.options.get("launch_pdl", False) for launch in launches] == [i > 0 for i in range(len(launches))]
     assert (launches[-1].arguments["p_before"] is not None) == (len(launches) > 1)  # only then does it wait

@@ -1,6 +1,7 @@
 """The gradients of the fused forward: what the passes over rows, slots and window keys find, put together.
 
-Kept from the forward pass: its inputs and the log-sum-exp; the slots are computed anew, every 16 tokens.
+Kept from the forward pass: its inputs and the log-sum-exp, and for the kernels for Hopper the slots before each of its
+segments; the slots every 16 tokens are computed anew.
 Deterministic: nothing is added up in an order that could change. With a rotary embedding the window's queries and keys
 are rotated once more, and their gradients back, by plain PyTorch.
 """
@@ -22,10 +23,13 @@ from ..problem import Inputs, Problem, Result
 from ..rope import rotate
 from ..slots import final_slots, initial_slots
 from ..walk import refuse_second_order
+from .backward_resident import resident_passes
 from .backward_rows import BLOCK, RowsConfig, rows_launch
+from .backward_rows_resident import ResidentRowsConfig
 from .backward_slots import SlotsConfig, slots_launches
 from .backward_window import WindowConfig, window_launch
 from .primitives import Launch, Operands
+from .resident import Starts
 from .states import StatesConfig, state_launches
 
 
@@ -73,16 +77,27 @@ class BackwardConfig:
         )  # fmt: skip
 
 
+def choose(problem: Problem) -> BackwardConfig | ResidentRowsConfig:
+    """How the gradients of a call are found.
+
+    The kernels for Hopper of `backward_resident` are never chosen as yet: they have not been measured.
+    """
+    return BackwardConfig.default(problem)
+
+
 def passes(
     problem: Problem, inputs: Inputs, lse: Tensor, grad_o: Tensor, grad_lse: Tensor | None, grad_final: Tensor | None,
-    config: BackwardConfig, found: dict[str, Tensor | None],
+    config: BackwardConfig | ResidentRowsConfig, found: dict[str, Tensor | None], starts: Starts | None = None,
 ) -> Iterator[Launch]:  # fmt: skip
     """The launches, in order. Each is to be done before the next is asked for: what is no longer needed is let go then,
     and the next is given its memory.
 
     The window's queries and keys must be there: no rope. found: gets what the launches fill, gradients by the names of
-    `Arguments`.
+    `Arguments`. starts: of the forward pass, if it had any.
     """
+    if isinstance(config, ResidentRowsConfig):
+        yield from resident_passes(problem, inputs, lse, grad_o, grad_lse, grad_final, config, found, starts)
+        return
     operands = Operands.of(problem, inputs)
     alone = replace(problem, output_final_state=False)
     launches, stored = state_launches(alone, operands, initial_slots(problem, inputs), config.states)
@@ -110,11 +125,12 @@ def passes(
 
 
 def gradients(
-    problem: Problem, inputs: Inputs, lse: Tensor, grad_o: Tensor, grad_lse: Tensor | None, grad_final: Tensor | None
+    problem: Problem, inputs: Inputs, lse: Tensor, grad_o: Tensor, grad_lse: Tensor | None, grad_final: Tensor | None,
+    starts: Starts | None,
 ) -> dict[str, Tensor | None]:  # fmt: skip
     """The gradients of a call that had the log-sum-exp lse, by the names of `Arguments`; grad_final [N, H, M, E]: of
-    the slots after it."""
-    config = BackwardConfig.default(problem)
+    the slots after it; starts: as `passes` takes them."""
+    config = choose(problem)
     asked, rotation = inputs, _Rotation.of(problem, inputs)
     if rotation is not None:
         problem, inputs = replace(problem, positions="given"), rotation.rotated(inputs)
@@ -122,7 +138,7 @@ def gradients(
     inputs = replace(inputs, q=inputs.q.contiguous(), q_window=q_window)
     found: dict[str, Tensor | None] = {}
     with torch.cuda.device(lse.device) if problem.device == "cuda" else nullcontext():
-        for launch in passes(problem, inputs, lse, grad_o, grad_lse, grad_final, config, found):
+        for launch in passes(problem, inputs, lse, grad_o, grad_lse, grad_final, config, found, starts):
             launch()
             del launch  # it would hold what its pass lets go
     # Where the window's queries or keys were not given, they came from q and k.
@@ -182,16 +198,19 @@ class _Fused(torch.autograd.Function):
     """A call's `Arguments` -> o, lse, slot_k, slot_v as in `Result`."""
 
     @staticmethod
-    def forward(ctx: Any, serve: Callable[[Problem, Inputs], Result], *arguments: Any) -> Result:
+    def forward(ctx: Any, serve: Callable[[Problem, Inputs], tuple[Result, Starts | None]], *arguments: Any) -> Result:
         call = Arguments(*arguments)
         problem, inputs = call.unpack()
-        result = serve(replace(problem, return_lse=True), inputs)
+        result, starts = serve(replace(problem, return_lse=True), inputs)
+        if not isinstance(choose(problem), ResidentRowsConfig):
+            starts = None  # of no use
         # A state may move on before the backward pass asks.
         saved = (
             x.clone() if isinstance(x, Tensor) and name.startswith("state_") else x
             for name, x in zip(Arguments._fields[:TENSORS], call[:TENSORS], strict=True)
         )
-        ctx.save_for_backward(*saved, result.lse)
+        ctx.save_for_backward(*saved, result.lse, None if starts is None else starts.before)
+        ctx.tiles = None if starts is None else starts.tiles
         ctx.numbers = call[TENSORS:]
         ctx.set_materialize_grads(False)
         return result if problem.return_lse else result._replace(lse=None)
@@ -199,7 +218,8 @@ class _Fused(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         refuse_second_order("triton")
-        *tensors, lse = ctx.saved_tensors
+        *tensors, lse, before = ctx.saved_tensors
+        starts = None if ctx.tiles is None else Starts(ctx.tiles, before)
         call = Arguments(*tensors, *ctx.numbers)
         problem, inputs = call.unpack()
         grad_o, grad_lse, grad_k, grad_v = grads
@@ -214,10 +234,12 @@ class _Fused(torch.autograd.Function):
             grad_v = lse.new_zeros(*shape, problem.value_dim) if grad_v is None else grad_v
             grad_final = torch.cat((grad_k, grad_v), dim=-1)
         with torch.autocast(problem.device, enabled=False):
-            found = gradients(problem, inputs, lse, grad_o, grad_lse, grad_final)
+            found = gradients(problem, inputs, lse, grad_o, grad_lse, grad_final, starts)
         return (None, *(found.get(name) for name in Arguments._fields))
 
 
-def run_differentiably(problem: Problem, inputs: Inputs, serve: Callable[[Problem, Inputs], Result]) -> Result:
+def run_differentiably(
+    problem: Problem, inputs: Inputs, serve: Callable[[Problem, Inputs], tuple[Result, Starts | None]]
+) -> Result:
     """Serve a call by `serve`, which has no gradients of its own, with those found here."""
     return Result(*_Fused.apply(serve, *Arguments.of(problem, inputs, "triton")))

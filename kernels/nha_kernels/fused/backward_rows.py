@@ -319,6 +319,22 @@ def rows_kernel(
     tl.store(p_dq + p_dq_row, b_dq.to(dtype), mask=m_dq)
 
 
+def empty_rows(problem: Problem, parts: int, device: torch.device) -> RowGradients:
+    """Room for the rows' gradients, `terms` in so many parts."""
+    rows = (problem.batch, problem.tokens, problem.q_heads)
+
+    def empty(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
+        return torch.empty(*shape, dtype=dtype, device=device)
+
+    return RowGradients(
+        q=empty(*rows, problem.head_dim),
+        q_window=None if problem.positions == "none" else empty(*rows, problem.head_dim),
+        weights=empty(*rows, problem.slots), logits=empty(*rows, problem.slots),
+        delta=empty(*rows, dtype=torch.float32), lse=empty(*rows, dtype=torch.float32),
+        terms=empty(parts, problem.batch * problem.tokens, problem.kv_heads, problem.slots, dtype=torch.float32),
+    )  # fmt: skip
+
+
 def rows_launch(
     problem: Problem, inputs: Inputs, operands: Operands, stored: StoredStates, lse: Tensor, grad_o: Tensor,
     grad_lse: Tensor | None, config: RowsConfig,
@@ -329,18 +345,7 @@ def rows_launch(
     parts = -(-problem.group // config.heads)
     q = inputs.q.contiguous()
     q_window = q if inputs.q_window is None else inputs.q_window.contiguous()
-    apart = problem.positions != "none"
-    rows = (problem.batch, problem.tokens, problem.q_heads)
-
-    def empty(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
-        return torch.empty(*shape, dtype=dtype, device=q.device)
-
-    grads = RowGradients(
-        q=torch.empty_like(q), q_window=torch.empty_like(q) if apart else None, weights=empty(*rows, problem.slots),
-        logits=empty(*rows, problem.slots), delta=empty(*rows, dtype=torch.float32),
-        lse=empty(*rows, dtype=torch.float32),
-        terms=empty(parts, problem.batch * problem.tokens, problem.kv_heads, problem.slots, dtype=torch.float32),
-    )  # fmt: skip
+    grads = empty_rows(problem, parts, q.device)
     arguments = dict(
         p_q=q, p_q_window=q_window, tokens=operands.tokens, recent=operands.recent, layout=layout,
         p_first_segment=stored.layout.first, p_states=stored.states, p_do=grad_o, p_lse=lse, p_dlse=grad_lse,

@@ -16,7 +16,7 @@ from .backward import run_differentiably
 from .limits import DTYPES
 from .output import OutputConfig, output_launch
 from .primitives import Launch, Operands
-from .resident import ResidentConfig, resident_launch, resident_launches, why_not_resident
+from .resident import ResidentConfig, Starts, resident_launch, resident_launches, why_not_resident
 from .resident_single import SingleConfig, single_launch, why_not_single
 from .states import StatesConfig, state_launches
 
@@ -67,14 +67,20 @@ def choose(problem: Problem, processors: int) -> ForwardConfig | ResidentConfig:
 def run(problem: Problem, inputs: Inputs, config: ForwardConfig | ResidentConfig | None = None) -> Result:
     """Serve a call with a config (default: `choose`); never waits for the device."""
     if problem.needs_grad and torch.is_grad_enabled():
-        return run_differentiably(problem, inputs, partial(run, config=config))
+        return run_differentiably(problem, inputs, partial(_serve, config=config))
+    return _serve(problem, inputs, config)[0]
+
+
+def _serve(
+    problem: Problem, inputs: Inputs, config: ForwardConfig | ResidentConfig | None
+) -> tuple[Result, Starts | None]:
     if config is None:
         config = choose(problem, _processors(inputs.q.device))
-    launches, result = describe(problem, inputs, config)
+    launches, result, starts = describe(problem, inputs, config)
     with torch.cuda.device(inputs.q.device) if problem.device == "cuda" else nullcontext():
         for launch in launches:
             launch()
-    return result
+    return result, starts
 
 
 @cache
@@ -82,14 +88,16 @@ def _processors(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def describe(problem: Problem, inputs: Inputs, config: ForwardConfig | ResidentConfig) -> tuple[list[Launch], Result]:
-    """The launches, in order, and the result that they fill."""
+def describe(
+    problem: Problem, inputs: Inputs, config: ForwardConfig | ResidentConfig
+) -> tuple[list[Launch], Result, Starts | None]:
+    """The launches, in order, and what they fill: the result, and the segments' starts where there are some."""
     if isinstance(config, ResidentConfig):
         last = single_launch if isinstance(config, SingleConfig) else resident_launch
-        launches, o, lse, final = resident_launches(problem, inputs, config, last)
-        return launches, Result(o, lse, *((None, None) if final is None else final_slots(problem, final)))
+        launches, o, lse, final, starts = resident_launches(problem, inputs, config, last)
+        return launches, Result(o, lse, *((None, None) if final is None else final_slots(problem, final))), starts
     operands = Operands.of(problem, inputs)
     launches, stored = state_launches(problem, operands, initial_slots(problem, inputs), config.states)
     launch, o, lse = output_launch(problem, inputs, operands, stored, config.output)
     slots = (None, None) if stored.final is None else final_slots(problem, stored.final)
-    return [*launches, launch], Result(o, lse, *slots)
+    return [*launches, launch], Result(o, lse, *slots), None

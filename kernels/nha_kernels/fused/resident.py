@@ -30,7 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -118,6 +118,13 @@ class ResidentConfig:
         whole = segment(0)
         tiles = min((whole, *(segment(waves) for waves in range(1, 9))), key=cost)
         return cls(tiles, cls.REGISTERS[problem.head_dim, problem.positions == "rope"])
+
+
+class Starts(NamedTuple):
+    """What segments of `tiles` tiles begin with: before [B * segments, H, M, 2 D] fp32; None: one, that has nothing."""
+
+    tiles: int
+    before: Tensor | None
 
 
 def first_reason(problem: Problem, *limits: tuple[bool, str]) -> str | None:
@@ -521,31 +528,37 @@ def resident_kernel(
     )  # fmt: skip
 
 
+def describe_rows(problem: Problem, x: Tensor) -> Any:
+    """x [B, T, HQ, *] as the copy engine takes it, tile by tile."""
+    x = aligned(x).view(problem.batch, problem.tokens, problem.kv_heads, problem.group, x.shape[-1])
+    return descriptor(x, [1, TOKENS.value, 1, HEADS.value, max(BM.value, x.shape[-1])])
+
+
+def describe_tokens(x: Tensor, tokens: int = TOKENS.value) -> Any:
+    """x [B, T, H, *], aligned, in blocks of so many tokens of a kv head."""
+    return descriptor(x, [1, tokens, 1, max(BM.value, x.shape[-1])])
+
+
 def resident_launch(
     problem: Problem, config: ResidentConfig, inputs: Inputs, o: Tensor, shared: dict[str, Any]
 ) -> Launch:  # fmt: skip
     """The launch that fills o; `shared`: the arguments that all of them take alike."""
-    batch, tokens, heads, group, dim = problem.batch, problem.tokens, problem.kv_heads, problem.group, problem.head_dim
-
-    def by_group(x: Tensor) -> Tensor:
-        return x.view(batch, tokens, heads, group, dim)
-
     ring, gates = RINGS[inputs.rope is not None, problem.gate_dtype.itemsize]
-    box, key_box = [1, TOKENS.value, 1, HEADS.value, dim], [1, TOKENS.value, 1, dim]
     arguments = dict(
-        shared, d_q=descriptor(by_group(inputs.q), box), d_k=descriptor(inputs.k, key_box),
-        d_v=descriptor(inputs.v, key_box), d_g=descriptor(inputs.g, [1, TOKENS.value, 1, BM.value]),
-        d_o=descriptor(by_group(o), box), rope=inputs.rope, tiles=config.tiles, HQ=problem.q_heads,
-        WB=problem.window // TOKENS.value, R=ring, G=gates,
+        shared, d_q=describe_rows(problem, inputs.q), d_k=describe_tokens(inputs.k), d_v=describe_tokens(inputs.v),
+        d_g=describe_tokens(inputs.g), d_o=describe_rows(problem, o), rope=inputs.rope, tiles=config.tiles,
+        HQ=problem.q_heads, WB=problem.window // TOKENS.value, R=ring, G=gates,
     )  # fmt: skip
-    return Launch(resident_kernel, (batch * shared["segments"] * heads,), arguments, {"num_warps": 4})
+    programs = problem.batch * shared["segments"] * problem.kv_heads
+    return Launch(resident_kernel, (programs,), arguments, {"num_warps": 4})
 
 
 def resident_launches(
     problem: Problem, inputs: Inputs, config: ResidentConfig, last: Callable[..., Launch] = resident_launch
-) -> tuple[list[Launch], Tensor, Tensor | None, Tensor | None]:
-    """The launches in order, and what they fill: o [B, T, HQ, D], and if asked for lse [B, T, HQ] and the final slots
-    [B, H, M, 2 D], both fp32. `last`: which kernel makes o, `resident_launch` or `single_launch`."""
+) -> tuple[list[Launch], Tensor, Tensor | None, Tensor | None, Starts]:
+    """The launches in order, and what they fill: o [B, T, HQ, D], if asked for lse [B, T, HQ] and the final slots
+    [B, H, M, 2 D], both fp32, and the segments' starts. `last`: which kernel makes o, `resident_launch` or
+    `single_launch`."""
     batch, tokens, heads, dim = problem.batch, problem.tokens, problem.kv_heads, problem.head_dim
     device = inputs.q.device
     q, k, v, g = (aligned(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g))
@@ -567,4 +580,4 @@ def resident_launches(
     launch = last(problem, config, inputs, o, shared)
     if launches:
         launch = replace(launch, options={**launch.options, **EARLY})
-    return [*launches, launch], o, lse, final
+    return [*launches, launch], o, lse, final, Starts(config.tiles, before)

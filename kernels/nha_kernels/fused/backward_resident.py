@@ -1,0 +1,35 @@
+"""The gradients on Hopper, by kernels that keep the slots, and their gradients, on the chip."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ..problem import Inputs, Problem
+from .backward_rows_resident import ResidentRowsConfig, resident_rows_launches
+from .backward_slots_resident import resident_slots_launches
+from .backward_window_resident import resident_window_launch
+from .primitives import Launch
+from .resident import Starts
+
+
+def resident_passes(
+    problem: Problem, inputs: Inputs, lse: Tensor, grad_o: Tensor, grad_lse: Tensor | None, grad_final: Tensor | None,
+    config: ResidentRowsConfig, found: dict[str, Tensor | None], starts: Starts | None,
+) -> Iterator[Launch]:  # fmt: skip
+    """As `backward.passes`."""
+    launches, stored, rows = resident_rows_launches(problem, inputs, lse, grad_o, grad_lse, config, starts)
+    while launches:
+        yield launches.pop(0)
+    k, v, g = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (inputs.k, inputs.v, inputs.g))
+    g[:, max(0, problem.tokens - problem.delay) :] = 0  # they never reach the slots
+    launches = resident_slots_launches(problem, inputs, stored, rows, grad_o, grad_final, k, v, g)
+    del stored
+    while launches:
+        yield launches.pop(0)
+    rows = replace(rows, weights=None, logits=None, terms=None)
+    yield resident_window_launch(problem, inputs, rows, grad_o, k, v)
+    found |= dict(q=rows.q, k=k, v=v, g=g)

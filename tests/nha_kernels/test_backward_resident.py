@@ -1,0 +1,151 @@
+"""Gradients by the kernels for Hopper: on such a GPU, and on the CPU as their Python is, layouts left aside."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from nha_kernels import explain
+from nha_kernels.fused import limits
+
+from .helpers import ON_GPU, Arguments, Case, assert_gradients, cast, error, everything, gradients, inputs_of, make
+from .test_resident import OTHERS, SERVED, hopper
+
+pytestmark = pytest.mark.skipif(
+    limits.why_unavailable("cuda" if ON_GPU else "cpu") is not None,
+    reason="Triton has neither a GPU nor its interpreter",
+)
+emulated = pytest.mark.skipif(ON_GPU, reason="with a GPU the kernels themselves are tested")
+
+GROUPS = Case(tokens=150, window=64, kv_heads=1, group=4, head_dim=64, slots=64, gates_like_q=True)
+CASES: dict[str, Case] = {
+    "a group of 4": replace(GROUPS, head_dim=128),
+    "a batch, a group of 7, few slots": replace(GROUPS, batch=2, tokens=90, group=7, window=16, slots=40, mask=True),
+    "a group of 2, fp32 gates": replace(GROUPS, tokens=100, group=2, window=48, gates_like_q=False, gates="mixed"),
+    "strong gates": replace(GROUPS, window=32, gates="strong", kv_heads=2),
+    "gates of -60": replace(GROUPS, tokens=70, window=16, gates="-60"),
+    "spikes": replace(GROUPS, window=16, gates="spikes", gates_like_q=False),
+    "as long as the window": replace(GROUPS, tokens=64),
+    "one token more": replace(GROUPS, tokens=65, mask=True),
+    "shorter than the window": replace(GROUPS, tokens=20),
+    "one token": replace(GROUPS, tokens=1),
+}
+LARGE = replace(GROUPS, tokens=413, batch=2, kv_heads=2, head_dim=128)
+ON_HOPPER: dict[str, Case] = CASES | {
+    "one sequence": replace(LARGE, batch=1, tokens=1500),
+    "a large batch": LARGE,
+    "heads of 64": replace(LARGE, head_dim=64, window=32, slots=16),
+    "a group of 8": replace(LARGE, group=8),
+    "a group of 5, masked": replace(LARGE, group=5, kv_heads=1, mask=True),
+    "large fp32 gates": replace(LARGE, gates_like_q=False),
+    "large, spikes": replace(LARGE, gates="spikes", gates_like_q=False),
+    "large, strong": replace(LARGE, gates="strong"),
+    "Llama-3-8B": Case(
+        tokens=2000, window=64, kv_heads=8, group=4, head_dim=128, slots=64, gates_like_q=True
+    ),
+}  # fmt: skip
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[Arguments], tuple[Tensor, ...]]]:
+    """A run for `gradients`, of o, the final slots and lse, by these kernels in segments of so many tiles."""
+    from nha_kernels.fused import backward, forward
+    from nha_kernels.fused.backward_rows_resident import ResidentRowsConfig
+    from nha_kernels.fused.primitives import Launch
+    from nha_kernels.fused.resident import ResidentConfig
+
+    def by(tiles: int = 4, **how: Any) -> Callable[[Arguments], tuple[Tensor, ...]]:
+        monkeypatch.setattr(backward, "choose", lambda problem: ResidentRowsConfig(tiles))
+        if not ON_GPU:
+            from .gluon_on_cpu import run
+
+            monkeypatch.setattr(Launch, "__call__", lambda launch: run(launch, **how))
+
+        def served(args: Arguments) -> tuple[Tensor, ...]:
+            problem = explain(**args, output_final_state=True, return_lse=True).problem
+            result = forward.run(problem, inputs_of(args), ResidentConfig(tiles))
+            assert result.lse is not None
+            assert result.slot_k is not None
+            assert result.slot_v is not None
+            return result.o, result.slot_k, result.slot_v, result.lse
+
+        return served
+
+    return by
+
+
+def assert_within_budget(args: Arguments, got: dict[str, Tensor]) -> None:
+    reference = gradients(cast(args, torch.float64), everything("naive"))
+    assert_gradients(got, reference, gradients(args, everything("naive")), args["q"].dtype)
+
+
+@emulated
+@pytest.mark.parametrize("name", CASES)
+def test_in_bf16_on_the_cpu(name: str, served: Any) -> None:
+    args = make(CASES[name], torch.bfloat16)
+    assert_within_budget(args, gradients(args, served()))
+
+
+@emulated
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", ["a batch, a group of 7, few slots", "one token more"])
+def test_the_order_in_which_partitions_run_changes_no_bit(name: str, seed: int, served: Any) -> None:
+    args = make(CASES[name], torch.bfloat16)
+    expected = gradients(args, served())
+    got = gradients(args, served(seed=seed + 1))
+    assert all(torch.equal(x, expected[name]) for name, x in got.items())
+
+
+@emulated
+@pytest.mark.parametrize("name", ["a group of 4", "a batch, a group of 7, few slots", "one token more"])
+def test_the_mathematics_in_fp32(name: str, served: Any) -> None:
+    args = make(CASES[name], torch.float32)
+    assert_within_budget(args, gradients(args, served(exact=True)))
+
+
+@emulated
+@pytest.mark.parametrize("name", ["strong gates", "spikes", "gates of -60"])
+def test_the_anchor_loses_no_more_than_its_cut(name: str, served: Any) -> None:
+    """As in test_fused_backward, where the limit is explained."""
+    args = make(CASES[name], torch.float32)
+    reference = gradients(cast(args, torch.float64), everything("naive"))
+    got = gradients(args, served(exact=True))
+    errors = {name: error(x, reference[name]) for name, x in got.items()}
+    assert max(errors.values()) <= 2**-12, errors
+
+
+@hopper
+@pytest.mark.parametrize("tiles", [4, 16, 128])
+@pytest.mark.parametrize("name", ON_HOPPER)
+def test_in_bf16_on_hopper(name: str, tiles: int, served: Any) -> None:
+    args = make(ON_HOPPER[name], torch.bfloat16)
+    poison = [torch.full((1 << 24,), torch.nan, device="cuda") for _ in range(8)]
+    del poison
+    assert_within_budget(args, gradients(args, served(tiles)))
+
+
+@hopper
+@pytest.mark.parametrize("name", ["a large batch", "a group of 8", "large, spikes", "Llama-3-8B"])
+def test_the_same_bits_every_time(name: str, served: Any) -> None:
+    args = make(ON_HOPPER[name], torch.bfloat16)
+    expected = gradients(args, served(16))
+    for _ in range(20):
+        got = gradients(args, served(16))
+        assert all(torch.equal(x, expected[name]) for name, x in got.items())
+
+
+@pytest.mark.parametrize(
+    "change", [*OTHERS.values(), {"positions": "rope"}, {"slots": 20, "gate_dtype": torch.float32}, {"q_heads": 8}]
+)
+def test_what_they_do_not_take(change: dict[str, Any]) -> None:
+    from nha_kernels.fused.backward_rows_resident import why_not_resident
+
+    from .helpers import describe
+
+    assert why_not_resident(describe(**SERVED)) is None
+    assert why_not_resident(describe(**{**SERVED, **change})) is not None
