@@ -1,5 +1,6 @@
 """Compile the fused kernels for a GPU that is not there: `python compiling.py DTYPE CAPABILITY`, `python compiling.py
-backward DTYPE CAPABILITY`, or `python compiling.py resident NAME` for one of `resident_problems`.
+backward DTYPE CAPABILITY`, or for one of `resident_problems` `python compiling.py resident NAME` or `python
+compiling.py resident-backward NAME`.
 
 A program of its own, since kernels that were imported for Triton's interpreter cannot be compiled.
 """
@@ -26,6 +27,7 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
 from nha_kernels.fused import backward
 from nha_kernels.fused.backward import BackwardConfig
+from nha_kernels.fused.backward_rows_resident import ResidentRowsConfig
 from nha_kernels.fused.forward import ForwardConfig, choose, describe, launchable_problems
 from nha_kernels.fused.hopper import TensorDescriptor
 from nha_kernels.fused.primitives import Launch
@@ -250,9 +252,25 @@ def compile_resident(name: str) -> None:
         report(name, launch, 90, listing=True)
 
 
+def compile_resident_backward(name: str) -> None:
+    """The gradients of one of `resident_problems` by the kernels for Hopper, likewise."""
+    triton.knobs.compilation.always_compile = True
+    triton.knobs.nvidia.dump_ptxas_log = True
+    problem = replace(resident_problems()[name], needs_grad=True, output_final_state=False)
+    lse = torch.empty(problem.batch, problem.tokens, problem.q_heads)
+    grad_o = torch.empty(*lse.shape, problem.value_dim, dtype=problem.dtype)
+    final = torch.empty(problem.sequences, problem.kv_heads, problem.slots, problem.head_dim + problem.value_dim)
+    config = ResidentRowsConfig.default(problem, processors=132)
+    passes = backward.passes(problem, empty_inputs(problem, "cpu"), lse, grad_o, lse, final, config, {})
+    for launch in passes:
+        report(name, launch, 90, listing=True)
+
+
 if __name__ == "__main__":
     if sys.argv[1] == "resident":
         compile_resident(sys.argv[2])
+    elif sys.argv[1] == "resident-backward":
+        compile_resident_backward(sys.argv[2])
     elif sys.argv[1] == "backward":
         compile_backward(sys.argv[2], int(sys.argv[3]))
     else:

@@ -36,6 +36,12 @@ SPILLED_WITH_ROPE = {  # by Triton 3.6 to 3.8
 # rows of two query heads of 256.
 SPILLED_BACKWARD = {"scan_kernel": 0, "rows_kernel": 320, "slots_kernel": 500, "window_kernel": 120}
 SPILLED_WIDE = {"bfloat16-D256-NG2-delay40": 1000}
+# Variants of the kernels for Hopper that find gradients, and what they move, constants of their loops for the most part.
+RESIDENT_BACKWARD = ("D128-NG4-W64-bfloat16", "D64-NG8-W64-float32", "D128-NG8-W64-float32", "D128-NG4-W16-bfloat16")
+SPILLED_RESIDENT_BACKWARD = {
+    "ends_kernel": 0, "resident_rows_kernel": 600, "front_kernel": 0, "resident_slots_kernel": 1100,
+    "resident_window_kernel": 200,
+}  # fmt: skip
 # From 3.9 on Triton calls ptxas 13 for sm_90, for which these kernels need too many registers: right all the same, but
 # slow.
 FAST = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -101,6 +107,26 @@ def test_every_resident_variant_compiles(name: str) -> None:
             assert row["spilled"] <= spilled[row["kernel"]], row
         assert "HGMMA" in sass
         assert hazards(sass) == []
+
+
+@pytest.mark.parametrize("name", RESIDENT_BACKWARD)
+def test_the_resident_backward_pass_compiles(name: str) -> None:
+    rows = compiled("resident-backward", name)
+    assert [row["kernel"] for row in rows] == [
+        "ends_kernel", "scan_kernel", "resident_rows_kernel", "front_kernel", "scan_kernel", "resident_slots_kernel",
+        "resident_window_kernel",
+    ]  # fmt: skip
+    for row in rows:
+        sass = row.pop("sass")
+        assert row["target"] == "sm_90"
+        assert row["shared"] <= SHARED_MEMORY[90], row
+        if row["kernel"] == "scan_kernel":
+            continue
+        assert "HGMMA" in sass
+        assert hazards(sass) == []
+        if FAST:
+            assert row["serialised"] == []
+            assert row["spilled"] <= SPILLED_RESIDENT_BACKWARD[row["kernel"]], row
 
 
 # fp32 has no wgmmas whose registers could be given away, and takes as much shared memory everywhere: sm_80 has least.

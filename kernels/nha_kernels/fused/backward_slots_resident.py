@@ -228,7 +228,7 @@ def slots_partition(
 
         b_k = b_k * b_total[:, None]
         b_v = b_v * b_total[:, None]
-        for part in gl.static_range(PARTS):
+        for part in range(PARTS):
             turn = step * PARTS + part
             place = turn % STAGES
             mbarrier.wait(rows_full.index(place), (turn // STAGES) & 1)
@@ -294,7 +294,7 @@ def tokens_partition(
         mbarrier.arrive(a_empty.index(0), count=1)
         b_later = b_none  # of the rows in the block, behind their own token and at it
         b_own = b_none
-        for part in gl.static_range(PARTS):
+        for part in range(PARTS):
             turn = step * PARTS + part
             place = turn % STAGES
             mbarrier.wait(rows_full.index(place), (turn // STAGES) & 1)
