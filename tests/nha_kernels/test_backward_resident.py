@@ -30,6 +30,12 @@ CASES: dict[str, Case] = {
     "strong gates": replace(GROUPS, window=32, gates="strong", kv_heads=2),
     "gates of -60": replace(GROUPS, tokens=70, window=16, gates="-60"),
     "spikes": replace(GROUPS, window=16, gates="spikes", gates_like_q=False),
+    "rope": replace(GROUPS, rope=True, head_dim=128, tokens=180),
+    "rope, a batch, a group of 7": replace(
+        GROUPS, rope=True, batch=2, tokens=90, group=7, window=16, slots=40, mask=True
+    ),
+    "rope, fp32 gates": replace(GROUPS, rope=True, tokens=200, gates_like_q=False, gates="mixed", kv_heads=2),
+    "rope, shorter than the window": replace(GROUPS, rope=True, tokens=20),
     "as long as the window": replace(GROUPS, tokens=64),
     "one token more": replace(GROUPS, tokens=65, mask=True),
     "shorter than the window": replace(GROUPS, tokens=20),
@@ -45,6 +51,11 @@ ON_HOPPER: dict[str, Case] = CASES | {
     "large fp32 gates": replace(LARGE, gates_like_q=False),
     "large, spikes": replace(LARGE, gates="spikes", gates_like_q=False),
     "large, strong": replace(LARGE, gates="strong"),
+    "large, rope": replace(LARGE, rope=True),
+    "large, rope, a group of 7": replace(LARGE, rope=True, group=7, mask=True, slots=40),
+    "large, rope, fp32 gates": replace(LARGE, rope=True, gates_like_q=False, gates="mixed"),
+    "large, rope, heads of 64": replace(LARGE, rope=True, head_dim=64, window=48, group=8),
+    "rope, one sequence": replace(LARGE, rope=True, batch=1, tokens=1500),
     "Llama-3-8B": Case(
         tokens=2000, window=64, kv_heads=8, group=4, head_dim=128, slots=64, gates_like_q=True
     ),
@@ -93,7 +104,7 @@ def test_in_bf16_on_the_cpu(name: str, served: Any) -> None:
 
 @emulated
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("name", ["a batch, a group of 7, few slots", "one token more"])
+@pytest.mark.parametrize("name", ["a batch, a group of 7, few slots", "one token more", "rope, fp32 gates"])
 def test_the_order_in_which_partitions_run_changes_no_bit(name: str, seed: int, served: Any) -> None:
     args = make(CASES[name], torch.bfloat16)
     expected = gradients(args, served())
@@ -102,7 +113,7 @@ def test_the_order_in_which_partitions_run_changes_no_bit(name: str, seed: int, 
 
 
 @emulated
-@pytest.mark.parametrize("name", ["a group of 4", "a batch, a group of 7, few slots", "one token more"])
+@pytest.mark.parametrize("name", ["a group of 4", "a batch, a group of 7, few slots", "one token more", "rope"])
 def test_the_mathematics_in_fp32(name: str, served: Any) -> None:
     args = make(CASES[name], torch.float32)
     assert_within_budget(args, gradients(args, served(exact=True)))
@@ -139,9 +150,7 @@ def test_the_same_bits_every_time(name: str, served: Any) -> None:
         assert all(torch.equal(x, expected[name]) for name, x in got.items())
 
 
-@pytest.mark.parametrize(
-    "change", [*OTHERS.values(), {"positions": "rope"}, {"slots": 20, "gate_dtype": torch.float32}, {"q_heads": 8}]
-)
+@pytest.mark.parametrize("change", [*OTHERS.values(), {"slots": 20, "gate_dtype": torch.float32}, {"q_heads": 8}])
 def test_what_they_do_not_take(change: dict[str, Any]) -> None:
     from nha_kernels.fused.backward_rows_resident import why_not_resident
 

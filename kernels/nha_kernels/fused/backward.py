@@ -92,8 +92,8 @@ def passes(
     """The launches, in order. Each is to be done before the next is asked for: what is no longer needed is let go then,
     and the next is given its memory.
 
-    The window's queries and keys must be there: no rope. found: gets what the launches fill, gradients by the names of
-    `Arguments`. starts: of the forward pass, if it had any.
+    With a `BackwardConfig` the window's queries and keys must be there: no rope. found: gets what the launches fill,
+    gradients by the names of `Arguments`. starts: of the forward pass, if it had any.
     """
     if isinstance(config, ResidentRowsConfig):
         yield from resident_passes(problem, inputs, lse, grad_o, grad_lse, grad_final, config, found, starts)
@@ -131,7 +131,9 @@ def gradients(
     """The gradients of a call that had the log-sum-exp lse, by the names of `Arguments`; grad_final [N, H, M, E]: of
     the slots after it; starts: as `passes` takes them."""
     config = choose(problem)
-    asked, rotation = inputs, _Rotation.of(problem, inputs)
+    asked, rotation = inputs, None
+    if isinstance(config, BackwardConfig):
+        rotation = _Rotation.of(problem, inputs)
     if rotation is not None:
         problem, inputs = replace(problem, positions="given"), rotation.rotated(inputs)
     q_window = None if inputs.q_window is None else inputs.q_window.contiguous()

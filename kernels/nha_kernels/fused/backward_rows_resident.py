@@ -5,6 +5,7 @@ As in `resident` a program takes one segment and one kv head, and walks its tile
 rings, slots and decays are the same. Its warps divide the work:
 
     load     k and v of 16 tokens at a time, into a ring of R blocks, gates into one of G, q and do of a tile
+    rotate   with a rotary embedding the keys of each block, as in `resident`
     state    holds K~ and V~ in fp32 registers, publishes them for every tile, and sends them to memory
     slots    a tile's logits with the slots: their weights, their gradients, `terms`
     window   the logits with the window's keys; and dq, also from the slots' logits, which are there in shared memory
@@ -47,6 +48,7 @@ from .primitives import EARLY, LOG2E, Launch, wait_for_previous
 from .resident import (
     ANCHOR,
     HEADS,
+    LEAVING,
     TOKENS,
     ResidentConfig,
     Starts,
@@ -54,19 +56,24 @@ from .resident import (
     describe_rows,
     describe_tokens,
     first_reason,
+    rotate_partition,
     row_decay,
 )
+from .rotary import load_angles, query_angles, rotate
 from .segment_ends import BM, ends_launches, load_slots, strength
 
 RAISED = gl.constexpr(2.0**8)
-RINGS = {2: (7, 5), 4: (7, 3)}  # R and G by bytes of a gate: what shared memory has room for with heads of 128
+# R and G by whether there is a rotary embedding, and bytes of a gate: what shared memory has room for with heads of 128
+RINGS = {(False, 2): (7, 5), (False, 4): (7, 3), (True, 2): (6, 5), (True, 4): (6, 3)}
 
 
 @dataclass(frozen=True, slots=True)
 class ResidentRowsConfig(ResidentConfig):
     """How this kernel is launched. registers: of a thread of the slots' partition."""
 
-    REGISTERS: ClassVar[Mapping[tuple[int, bool], int]] = {(64, False): 168, (128, False): 168}
+    REGISTERS: ClassVar[Mapping[tuple[int, bool], int]] = {
+        (64, False): 168, (128, False): 168, (64, True): 160, (128, True): 160,
+    }  # fmt: skip
 
 
 def why_not_resident(problem: Problem) -> str | None:
@@ -76,16 +83,15 @@ def why_not_resident(problem: Problem) -> str | None:
         (problem.head_dim == problem.value_dim and problem.head_dim in (64, 128), "takes D = Dv = 64 or 128"),
         (problem.window in (16, 32, 48, 64), "takes W of 16, 32, 48 or 64"),
         (2 <= problem.group <= 8, "takes groups of 2 to 8 query heads"),
-        (problem.positions == "none", "takes no rotary embedding"),
         (problem.slots % 8 == 0, "takes slots in multiples of 8"),
     )
 
 
 @gluon.jit
 def load_partition(
-    d_q, d_do, d_k, d_v, d_g, s_q, s_do, s_k, s_v, s_g, q_full, q_empty, kv_full, g_full, done, absorbed,
-    n, h, t0, tiles,
-    D: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, G: gl.constexpr, PARTS: gl.constexpr,
+    d_q, d_do, d_k, d_v, d_g, s_q, s_do, s_k, s_v, s_g, s_leaving, q_full, q_empty, kv_full, g_full, leaving_full,
+    done, absorbed, n, h, t0, tiles,
+    D: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, G: gl.constexpr, PARTS: gl.constexpr, ROPE: gl.constexpr,
 ):  # fmt: skip
     """Block x of a ring holds the tokens from t0 + 16 (x - WB) on; those outside of the sequence read as 0."""
     GATE_BYTES: gl.constexpr = d_g.dtype.primitive_bitwidth // 8
@@ -105,6 +111,13 @@ def load_partition(
             mbarrier.expect(g_full.index(gate), TOKENS * BM * GATE_BYTES)
             load_async(d_g, [n, t0 + (i + 1 - WB) * TOKENS, h, 0], g_full.index(gate), s_g.index(gate))
         if i >= 0:
+            if ROPE:
+                if i >= LEAVING:
+                    mbarrier.wait(done.index((i - LEAVING) % R), ((i - LEAVING) // R) & 1)
+                    mbarrier.wait(absorbed.index((i - LEAVING) % R), ((i - LEAVING) // R) & 1)
+                left = i % LEAVING
+                mbarrier.expect(leaving_full.index(left), TOKENS * D * 2)
+                load_async(d_k, [n, t0 + (i - WB) * TOKENS, h, 0], leaving_full.index(left), s_leaving.index(left))
             for part in gl.static_range(PARTS):
                 mbarrier.wait(q_empty.index(0), ((i * PARTS + part) & 1) ^ 1)
                 mbarrier.expect(q_full.index(0), 2 * TOKENS * HEADS * D * 2)
@@ -114,9 +127,9 @@ def load_partition(
 
 @gluon.jit
 def state_partition(
-    d_states, p_before, s_k, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_strength, s_weight, kv_full, g_full,
-    slots_full, done, absorbed, h, tiles, segment, chunk, block, H,
-    M: gl.constexpr, D: gl.constexpr, R: gl.constexpr, G: gl.constexpr,
+    d_states, p_before, s_leaving, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_strength, s_weight, kv_full,
+    g_full, leaving_full, slots_full, done, absorbed, h, tiles, segment, chunk, block, H,
+    M: gl.constexpr, D: gl.constexpr, R: gl.constexpr, G: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
     """K~ and V~ [BM, D], both times 2^-A. p_before [segments, H, M, 2 D] fp32: at the segment's start; None: zero.
     The slots before block b of the sequence, which are those of tile b - block, go to row chunk + b of d_states."""
@@ -155,8 +168,10 @@ def state_partition(
         following = gl.minimum(i + 1, tiles - 1)
         mbarrier.wait(g_full.index(following % G), (following // G) & 1)
         mbarrier.wait(kv_full.index(place), (i // R) & 1)
+        if L < R:
+            mbarrier.wait(leaving_full.index(i % L), (i // L) & 1)
         s_left = s_weight.permute((1, 0))  # [BM, TOKENS]
-        b_k = warpgroup_mma(s_left, s_k.index(place).reshape([TOKENS, D]), b_k, is_async=True)
+        b_k = warpgroup_mma(s_left, s_leaving.index(i % L).reshape([TOKENS, D]), b_k, is_async=True)
         b_v = warpgroup_mma(s_left, s_v.index(place).reshape([TOKENS, D]), b_v, is_async=True)
         # Meanwhile, the next tile's decays.
         b_g = s_g.index(following % G).reshape([TOKENS, BM]).load(gates)  # [TOKENS, BM]
@@ -203,11 +218,11 @@ def share_sums(s_sums, sums_full, turn, b_sum, b_delta, me: gl.constexpr):
 
 @gluon.jit
 def slots_partition(
-    d_p, d_da, p_lse, p_dlse, p_sums, p_delta, p_terms, s_q, s_do, s_k, s_v, s_slot_k, s_slot_v, s_factor, s_decay,
-    s_strength, s_sums, s_p, s_da, q_full, q_empty, kv_full, slots_full, done, sums_full, staged_full, staged_empty,
-    n, h, t0, tiles, T, N, H, HQ, scale,
-    M: gl.constexpr, D: gl.constexpr, NG: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, PARTS: gl.constexpr,
-    MASK_EMPTY: gl.constexpr,
+    d_p, d_da, p_lse, p_dlse, p_sums, p_delta, p_terms, s_q, s_do, s_leaving, s_v, s_slot_k, s_slot_v, s_factor,
+    s_decay, s_strength, s_sums, s_p, s_da, q_full, q_empty, kv_full, leaving_full, slots_full, done, sums_full,
+    staged_full, staged_empty, n, h, t0, tiles, T, N, H, HQ, scale,
+    M: gl.constexpr, D: gl.constexpr, NG: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, L: gl.constexpr,
+    PARTS: gl.constexpr, MASK_EMPTY: gl.constexpr,
 ):  # fmt: skip
     """The slots' side of every tile."""
     ROWS: gl.constexpr = TOKENS * HEADS
@@ -233,11 +248,13 @@ def slots_partition(
         row, m_row = tile_rows(n, h, t0 + i * TOKENS, part, T, HQ, NG, of_slots)
         b_lse = load_lse(p_lse, row, m_row)
         mbarrier.wait(kv_full.index(i % R), (i // R) & 1)
+        if L < R:
+            mbarrier.wait(leaving_full.index(i % L), (i // L) & 1)
         mbarrier.wait(slots_full.index(stage), (i // 2) & 1)
         mbarrier.wait(q_full.index(0), turn & 1)
 
         # What the rows meet, apart from what comes of their own token.
-        s_key = s_k.index(i % R).reshape([TOKENS, D]).permute((1, 0))
+        s_key = s_leaving.index(i % L).reshape([TOKENS, D]).permute((1, 0))
         s_value = s_v.index(i % R).reshape([TOKENS, D]).permute((1, 0))
         b_dots = warpgroup_mma(s_query, s_key, b_none, use_acc=False, is_async=True)  # [ROWS, TOKENS]
         b_values = warpgroup_mma(s_out, s_value, b_none, use_acc=False, is_async=True)
@@ -300,9 +317,9 @@ def slots_partition(
 
 @gluon.jit
 def window_partition(
-    d_dq, p_lse, p_dlse, s_q, s_do, s_k, s_v, s_slot_k, s_factor, s_sums, s_da, s_dq, q_full, q_empty, kv_full, done,
-    sums_full, staged_full, staged_empty, n, h, t0, tiles, T, HQ, scale,
-    D: gl.constexpr, NG: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, PARTS: gl.constexpr,
+    d_dq, p_lse, p_dlse, rope, s_q, s_do, s_k, s_v, s_leaving, s_slot_k, s_factor, s_sums, s_da, s_dq, q_full, q_empty,
+    keys_full, done, sums_full, staged_full, staged_empty, n, h, t0, tiles, T, HQ, scale,
+    D: gl.constexpr, NG: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, L: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """The window's side of every tile, and the gradient of its q. Block i + x of the ring is the x-th that it meets."""
     ROWS: gl.constexpr = TOKENS * HEADS
@@ -320,7 +337,7 @@ def window_partition(
     s_query = s_q.reshape([ROWS, D])
     s_out = s_do.reshape([ROWS, D])
     for x in gl.static_range(WB):
-        mbarrier.wait(kv_full.index(x), 0)
+        mbarrier.wait(keys_full.index(x), 0)
 
     for turn in range(tiles * PARTS):
         i = turn // PARTS
@@ -328,17 +345,25 @@ def window_partition(
         first = t0 + (i - WB) * TOKENS  # token of block i
         row, m_row = tile_rows(n, h, t0 + i * TOKENS, part, T, HQ, NG, of_keys)
         b_lse = load_lse(p_lse, row, m_row)
-        mbarrier.wait(kv_full.index((i + WB) % R), ((i + WB) // R) & 1)
+        mbarrier.wait(keys_full.index((i + WB) % R), ((i + WB) // R) & 1)
         mbarrier.wait(q_full.index(0), turn & 1)
+        if rope is None:
+            query = s_query
+        else:
+            b_cos, b_sin = load_angles(rope, t0 + i * TOKENS, T, HEADS, query_angles(ROWS, D // 2))
+            query = rotate(s_query.load(left), b_cos, b_sin)
         b_logits = ()  # [ROWS, TOKENS] each
         b_values = ()
         for x in gl.static_range(WB + 1):
             s_key = s_k.index((i + x) % R).reshape([TOKENS, D]).permute((1, 0))
             s_value = s_v.index((i + x) % R).reshape([TOKENS, D]).permute((1, 0))
-            b_logits = b_logits + (warpgroup_mma(s_query, s_key, b_none, use_acc=False, is_async=True),)
+            b_logits = b_logits + (warpgroup_mma(query, s_key, b_none, use_acc=False, is_async=True),)
             b_values = b_values + (warpgroup_mma(s_out, s_value, b_none, use_acc=False, is_async=True),)
-        waited = warpgroup_mma_wait(0, deps=b_logits + b_values)
-        b_values = waited[WB + 1 :]
+        if rope is None:
+            waited = warpgroup_mma_wait(0, deps=b_logits + b_values)
+        else:
+            waited = warpgroup_mma_wait(0, deps=b_logits + b_values + (query,))
+        b_values = waited[WB + 1 : 2 * WB + 2]
         barrier()
         mbarrier.arrive(q_empty.index(0), count=1)
         b_p = ()
@@ -366,6 +391,9 @@ def window_partition(
         for x in gl.static_range(WB + 1):
             b_dq = warpgroup_mma(b_da[x], s_k.index((i + x) % R).reshape([TOKENS, D]), b_dq, is_async=True)
         b_dq = warpgroup_mma_wait(0, deps=(b_dq,) + b_da)[0]
+        if rope is not None:  # and back
+            b_cos, b_sin = load_angles(rope, t0 + i * TOKENS, T, HEADS, query_angles(ROWS, D // 2))
+            b_dq = rotate(b_dq, b_cos, -b_sin)
 
         # What the slots' logits add: by way of the slots before block i, and of its tokens.
         mbarrier.wait(staged_full.index(0), turn & 1)
@@ -375,7 +403,7 @@ def window_partition(
         b_dq = warpgroup_mma(s_slot_da, s_slot_k.index(i % 2).reshape([BM, D]), b_dq, is_async=True)
         b_w, b_dq = warpgroup_mma_wait(1, deps=(b_w, b_dq))
         b_w = gl.convert_layout(gl.where(m_upto, b_w, 0.0).to(bf16), left)
-        b_dq = warpgroup_mma(b_w, s_k.index(i % R).reshape([TOKENS, D]), b_dq, is_async=True)
+        b_dq = warpgroup_mma(b_w, s_leaving.index(i % L).reshape([TOKENS, D]), b_dq, is_async=True)
         store_wait(0)  # of the last tile: its place is written anew below
         b_dq = warpgroup_mma_wait(0, deps=(b_dq, b_w))[0]
         barrier()
@@ -391,14 +419,14 @@ def window_partition(
 
 @gluon.jit(do_not_specialize=["T", "N", "tiles", "segments", "chunks"])
 def resident_rows_kernel(
-    d_q, d_do, d_k, d_v, d_g, d_dq, d_p, d_da, d_states, p_before, p_lse, p_dlse, p_sums, p_delta, p_terms,
+    d_q, d_do, d_k, d_v, d_g, d_dq, d_p, d_da, d_states, p_before, p_lse, p_dlse, p_sums, p_delta, p_terms, rope,
     T, N, tiles, segments, chunks, scale,
     HQ: gl.constexpr, H: gl.constexpr, D: gl.constexpr, M: gl.constexpr, WB: gl.constexpr, R: gl.constexpr,
     G: gl.constexpr, MASK_EMPTY: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
     """One segment of `tiles` tiles and one kv head. d_q, d_do, d_dq: [N, T, H, NG, D]; d_p, d_da: [N, T, H, NG, M];
-    d_k, d_v: [N, T, H, D]; d_g: [N, T, H, M]; d_states [N * chunks, H, M, 2 D]: `ResidentStates`; p_before as
-    in `resident`; the other pointers as in `RowGradients`."""
+    d_k, d_v: [N, T, H, D]; d_g: [N, T, H, M]; d_states [N * chunks, H, M, 2 D]: `ResidentStates`; p_before and
+    rope as in `resident`; the other pointers as in `RowGradients`."""
     NG: gl.constexpr = HQ // H
     PARTS: gl.constexpr = (NG + HEADS - 1) // HEADS
     h = gl.program_id(0) % H
@@ -437,33 +465,47 @@ def resident_rows_kernel(
     sums_full = barriers(2, 1)
     staged_full = barriers(1, 1)
     staged_empty = barriers(1, 1)
+    ROPE: gl.constexpr = rope is not None
+    # Without an embedding, the keys that leave the window are those in it.
+    L: gl.constexpr = LEAVING if ROPE else R
+    s_leaving = s_k
+    leaving_full = kv_full
+    keys_full = kv_full
+    if ROPE:
+        s_leaving = gl.allocate_shared_memory(bf16, [L, 1, TOKENS, 1, D], tile_layout(4))
+        leaving_full = barriers(L, 1)
+        keys_full = barriers(R, 1)
+    WINDOW: gl.constexpr = 144 if ROPE else 152  # registers of a thread
+    HELPER: gl.constexpr = 40 if ROPE else 24
     fence_async_shared()
     barrier()
     # Written out, since in a variable the sizes would no longer be constants.
     gl.warp_specialize(
         [
             (state_partition, (
-                d_states, p_before, s_k, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_strength, s_weight,
-                kv_full, g_full, slots_full, done, absorbed, h, tiles, segment, n * chunks, start - WB,
-                H, M, D, R, G,
+                d_states, p_before, s_leaving, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_strength, s_weight,
+                kv_full, g_full, leaving_full, slots_full, done, absorbed, h, tiles, segment, n * chunks, start - WB,
+                H, M, D, R, G, L,
             )),
             (slots_partition, (
-                d_p, d_da, p_lse, p_dlse, p_sums, p_delta, p_terms, s_q, s_do, s_k, s_v, s_slot_k, s_slot_v, s_factor,
-                s_decay, s_strength, s_sums, s_p, s_da, q_full, q_empty, kv_full, slots_full, done, sums_full,
-                staged_full, staged_empty, n, h, t0, tiles, T, N, H, HQ, scale, M, D, NG, WB, R, PARTS, MASK_EMPTY,
+                d_p, d_da, p_lse, p_dlse, p_sums, p_delta, p_terms, s_q, s_do, s_leaving, s_v, s_slot_k, s_slot_v,
+                s_factor, s_decay, s_strength, s_sums, s_p, s_da, q_full, q_empty, kv_full, leaving_full, slots_full,
+                done, sums_full, staged_full, staged_empty, n, h, t0, tiles, T, N, H, HQ, scale, M, D, NG, WB, R, L,
+                PARTS, MASK_EMPTY,
             )),
             (window_partition, (
-                d_dq, p_lse, p_dlse, s_q, s_do, s_k, s_v, s_slot_k, s_factor, s_sums, s_da, s_dq, q_full, q_empty,
-                kv_full, done, sums_full, staged_full, staged_empty, n, h, t0, tiles, T, HQ, scale, D, NG, WB, R,
-                PARTS,
+                d_dq, p_lse, p_dlse, rope, s_q, s_do, s_k, s_v, s_leaving, s_slot_k, s_factor, s_sums, s_da, s_dq,
+                q_full, q_empty, keys_full, done, sums_full, staged_full, staged_empty, n, h, t0, tiles, T, HQ, scale,
+                D, NG, WB, R, L, PARTS,
             )),
             (load_partition, (
-                d_q, d_do, d_k, d_v, d_g, s_q, s_do, s_k, s_v, s_g, q_full, q_empty, kv_full, g_full, done, absorbed,
-                n, h, t0, tiles, D, WB, R, G, PARTS,
+                d_q, d_do, d_k, d_v, d_g, s_q, s_do, s_k, s_v, s_g, s_leaving, q_full, q_empty, kv_full, g_full,
+                leaving_full, done, absorbed, n, h, t0, tiles, D, WB, R, G, PARTS, ROPE,
             )),
+            (rotate_partition, (rope, s_k, kv_full, keys_full, t0, tiles, T, D, WB, R)),
         ],
-        [4, 4, 1],
-        [REGISTERS, 152, 24],
+        [4, 4, 1, 2],
+        [REGISTERS, WINDOW, HELPER, HELPER],
     )  # fmt: skip
 
 
@@ -509,15 +551,15 @@ def resident_rows_launches(
     else:
         before = starts.before
 
-    ring, gates = RINGS[problem.gate_dtype.itemsize]
+    ring, gates = RINGS[inputs.rope is not None, problem.gate_dtype.itemsize]
     arguments = dict(
         d_q=describe_rows(problem, inputs.q), d_do=describe_rows(problem, grad_o), d_k=describe_tokens(k),
         d_v=describe_tokens(v), d_g=describe_tokens(g), d_dq=describe_rows(problem, rows.q),
         d_p=describe_rows(problem, rows.weights), d_da=describe_rows(problem, rows.logits),
         d_states=stored.descriptor(), p_before=before, p_lse=lse, p_dlse=grad_lse, p_sums=rows.lse,
-        p_delta=rows.delta, p_terms=rows.terms, T=tokens, N=batch, tiles=config.tiles, segments=segments,
-        chunks=stored.segments * stored.blocks, scale=float(inputs.scale), HQ=problem.q_heads, H=heads,
-        D=problem.head_dim, M=problem.slots, WB=problem.window // TOKENS.value, R=ring, G=gates,
+        p_delta=rows.delta, p_terms=rows.terms, rope=inputs.rope, T=tokens, N=batch, tiles=config.tiles,
+        segments=segments, chunks=stored.segments * stored.blocks, scale=float(inputs.scale), HQ=problem.q_heads,
+        H=heads, D=problem.head_dim, M=problem.slots, WB=problem.window // TOKENS.value, R=ring, G=gates,
         MASK_EMPTY=problem.mask_empty_slots, REGISTERS=config.registers,
     )  # fmt: skip
     options = {"num_warps": 4, **(EARLY if launches else {})}

@@ -30,6 +30,7 @@ from .hopper import (
 )
 from .primitives import LOG2E, Launch
 from .resident import HEADS, TOKENS, describe_rows, describe_tokens
+from .rotary import load_angles, query_angles, rotate, rotate_rows
 
 KEYS = gl.constexpr(128)  # of a program
 STAGES = gl.constexpr(3)  # tiles of rows under way
@@ -40,6 +41,7 @@ def load_partition(
     d_q, d_do, d_k, d_v, s_q, s_do, s_k, s_v, keys_full, rows_full, rows_empty, n, h, first, tiles,
     D: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
+    """Keys and values of both halves, then tile after tile, which begin with the first key's token."""
     HALF: gl.constexpr = KEYS // 2
     for half in gl.static_range(2):
         mbarrier.expect(keys_full.index(half), 2 * HALF * D * 2)
@@ -55,9 +57,33 @@ def load_partition(
 
 
 @gluon.jit
+def rotate_partition(
+    rope, s_q, s_k, keys_full, rows_full, keys_rotated, rows_rotated, first, tiles, T,
+    D: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """With a rotary embedding, keys and queries in their places, by two warps."""
+    if rope is not None:
+        HALF: gl.constexpr = KEYS // 2
+        for half in gl.static_range(2):
+            mbarrier.wait(keys_full.index(half), 0)
+            rotate_rows(rope, s_k.index(half).reshape([HALF, D]), first + half * HALF, T, HALF, 1, D)
+            fence_async_shared()
+            barrier()
+            mbarrier.arrive(keys_rotated.index(half), count=1)
+        for turn in range(tiles * PARTS):
+            place = turn % STAGES
+            mbarrier.wait(rows_full.index(place), (turn // STAGES) & 1)
+            s_row = s_q.index(place).reshape([TOKENS * HEADS, D])
+            rotate_rows(rope, s_row, first + turn // PARTS * TOKENS, T, TOKENS * HEADS, HEADS, D)
+            fence_async_shared()
+            barrier()
+            mbarrier.arrive(rows_rotated.index(place), count=1)
+
+
+@gluon.jit
 def keys_partition(
-    d_dk, d_dv, p_dk, p_dv, p_lse, p_delta, s_q, s_do, s_k, s_v, keys_full, rows_full, rows_empty, n, h, first, tiles,
-    T, H, HQ, W, entered, scale, half: gl.constexpr,
+    d_dk, d_dv, p_dk, p_dv, p_lse, p_delta, rope, s_q, s_do, s_k, s_v, keys_full, rows_full, rows_rotated,
+    rows_empty, n, h, first, tiles, T, H, HQ, W, entered, scale, half: gl.constexpr,
     D: gl.constexpr, NG: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
     """The keys of one half. p_dk, p_dv [N, T, H, D]: as d_dk, d_dv; what the slots gave the first `entered` tokens."""
@@ -87,6 +113,8 @@ def keys_partition(
         b_lse = gl.load(p_lse + row, mask=m_row, other=inf)[None, :]
         b_delta = gl.load(p_delta + row, mask=m_row, other=0.0)[None, :]
         mbarrier.wait(rows_full.index(place), (turn // STAGES) & 1)
+        if rope is not None:
+            mbarrier.wait(rows_rotated.index(place), (turn // STAGES) & 1)
         if (tile + TOKENS > begin) & (tile < begin + HALF + W - 1):  # the other half's otherwise
             s_row = s_q.index(place).reshape([ROWS, D])
             s_out = s_do.index(place).reshape([ROWS, D])
@@ -107,6 +135,9 @@ def keys_partition(
     d = gl.arange(0, D, layout=gl.SliceLayout(0, acc))
     place = ((n.to(gl.int64) * T + x) * H + h)[:, None] * D + d[None, :]
     m_entered = (x < entered)[:, None] & (d < D)[None, :]
+    if rope is not None:  # back
+        b_cos, b_sin = load_angles(rope, begin, T, 1, query_angles(HALF, D // 2))
+        b_dk = rotate(b_dk, b_cos, -b_sin)
     b_dk += gl.load(p_dk + place, mask=m_entered, other=0.0).to(gl.float32)
     b_dv += gl.load(p_dv + place, mask=m_entered, other=0.0).to(gl.float32)
     s_key.store(b_dk.to(bf16))
@@ -120,11 +151,11 @@ def keys_partition(
 
 @gluon.jit(do_not_specialize=["T", "W", "entered", "pieces"])
 def resident_window_kernel(
-    d_q, d_do, d_k, d_v, d_dk, d_dv, p_dk, p_dv, p_lse, p_delta, T, W, entered, pieces, scale,
+    d_q, d_do, d_k, d_v, d_dk, d_dv, p_dk, p_dv, p_lse, p_delta, rope, T, W, entered, pieces, scale,
     HQ: gl.constexpr, H: gl.constexpr, D: gl.constexpr,
 ):  # fmt: skip
     """KEYS tokens of one kv head. d_q, d_do: [N, T, H, NG, D]; d_k, d_v, d_dk, d_dv: [N, T, H, D]; p_lse, p_delta: as
-    in `RowGradients`."""
+    in `RowGradients`; rope as in `resident`."""
     NG: gl.constexpr = HQ // H
     PARTS: gl.constexpr = (NG + HEADS - 1) // HEADS
     h = gl.program_id(0) % H
@@ -141,25 +172,35 @@ def resident_window_kernel(
     keys_full = barriers(2, 1)
     rows_full = barriers(STAGES, 1)
     rows_empty = barriers(STAGES, 2)
+    keys_rotated = keys_full
+    rows_rotated = rows_full
+    ROPE: gl.constexpr = rope is not None
+    if ROPE:
+        keys_rotated = barriers(2, 1)
+        rows_rotated = barriers(STAGES, 1)
+    HELPER: gl.constexpr = 40 if ROPE else 24
     fence_async_shared()
     barrier()
     gl.warp_specialize(
         [
             (keys_partition, (
-                d_dk, d_dv, p_dk, p_dv, p_lse, p_delta, s_q, s_do, s_k, s_v, keys_full, rows_full, rows_empty, n, h,
-                first, tiles, T, H, HQ, W, entered, scale, 0, D, NG, PARTS,
+                d_dk, d_dv, p_dk, p_dv, p_lse, p_delta, rope, s_q, s_do, s_k, s_v, keys_rotated, rows_full,
+                rows_rotated, rows_empty, n, h, first, tiles, T, H, HQ, W, entered, scale, 0, D, NG, PARTS,
             )),
             (keys_partition, (
-                d_dk, d_dv, p_dk, p_dv, p_lse, p_delta, s_q, s_do, s_k, s_v, keys_full, rows_full, rows_empty, n, h,
-                first, tiles, T, H, HQ, W, entered, scale, 1, D, NG, PARTS,
+                d_dk, d_dv, p_dk, p_dv, p_lse, p_delta, rope, s_q, s_do, s_k, s_v, keys_rotated, rows_full,
+                rows_rotated, rows_empty, n, h, first, tiles, T, H, HQ, W, entered, scale, 1, D, NG, PARTS,
             )),
             (load_partition, (
                 d_q, d_do, d_k, d_v, s_q, s_do, s_k, s_v, keys_full, rows_full, rows_empty, n, h, first, tiles, D,
                 PARTS,
             )),
+            (rotate_partition, (
+                rope, s_q, s_k, keys_full, rows_full, keys_rotated, rows_rotated, first, tiles, T, D, PARTS,
+            )),
         ],
-        [4, 1],
-        [240, 24],
+        [4, 1, 2],
+        [232 if ROPE else 240, HELPER, HELPER],
     )  # fmt: skip
 
 
@@ -172,8 +213,8 @@ def resident_window_launch(
     arguments = dict(
         d_q=describe_rows(problem, inputs.q), d_do=describe_rows(problem, grad_o),
         d_k=describe_tokens(aligned(inputs.k), half), d_v=describe_tokens(aligned(inputs.v), half),
-        d_dk=describe_tokens(dk, half), d_dv=describe_tokens(dv, half), p_dk=dk, p_dv=dv,
-        p_lse=rows.lse, p_delta=rows.delta, T=tokens, W=problem.window, entered=tokens - problem.delay, pieces=pieces,
+        d_dk=describe_tokens(dk, half), d_dv=describe_tokens(dv, half), p_dk=dk, p_dv=dv, p_lse=rows.lse,
+        p_delta=rows.delta, rope=inputs.rope, T=tokens, W=problem.window, entered=tokens - problem.delay, pieces=pieces,
         scale=float(inputs.scale), HQ=problem.q_heads, H=heads, D=problem.head_dim,
     )  # fmt: skip
     return Launch(resident_window_kernel, (problem.batch * pieces * heads,), arguments, {"num_warps": 4})

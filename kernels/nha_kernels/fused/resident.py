@@ -53,7 +53,7 @@ from .hopper import (
     warpgroup_mma_wait,
 )
 from .primitives import EARLY, LOG2E, STRONGEST, Launch, wait_for_previous
-from .rotary import load_angles, query_angles, rotate, rotate_keys
+from .rotary import load_angles, query_angles, rotate, rotate_rows
 from .segment_ends import BM, ends_launches, load_slots, strength
 
 ANCHOR = gl.constexpr(96.0)
@@ -235,7 +235,7 @@ def rotate_partition(
     if rope is not None:
         for x in range(tiles + WB):
             mbarrier.wait(kv_full.index(x % R), (x // R) & 1)
-            rotate_keys(rope, s_k.index(x % R).reshape([TOKENS, D]), t0 + (x - WB) * TOKENS, T, TOKENS, D)
+            rotate_rows(rope, s_k.index(x % R).reshape([TOKENS, D]), t0 + (x - WB) * TOKENS, T, TOKENS, 1, D)
             fence_async_shared()
             barrier()
             mbarrier.arrive(keys_full.index(x % R), count=1)

@@ -73,11 +73,11 @@ def rotate(b_x, b_cos, b_sin):
 
 
 @gluon.jit
-def rotate_keys(rope, s_key, first, T, TOKENS: gl.constexpr, D: gl.constexpr):
-    """The keys [TOKENS, D] of the tokens from `first` on, in their place, by two warps."""
+def rotate_rows(rope, s_row, first, T, ROWS: gl.constexpr, HEADS: gl.constexpr, D: gl.constexpr):
+    """The rows [ROWS, D] of the tokens from `first` on, HEADS each, in their place, by two warps."""
     PIECE: gl.constexpr = 8
     layout: gl.constexpr = key_angles(PIECE, D // 2)
-    for t in gl.static_range(0, TOKENS, PIECE):
-        b_cos, b_sin = load_angles(rope, first + t, T, 1, layout)
-        s_piece = s_key.slice(t, PIECE)
+    for r in gl.static_range(0, ROWS, PIECE):
+        b_cos, b_sin = load_angles(rope, first + r // HEADS, T, HEADS, layout)
+        s_piece = s_row.slice(r, PIECE)
         s_piece.store(rotate(s_piece.load(both_halves(layout)), b_cos, b_sin))
