@@ -90,6 +90,13 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[Arguments
     return by
 
 
+@emulated
+@pytest.mark.parametrize("name", ["a batch, a group of 7, few slots", "rope"])
+def test_one_segment_needs_nothing_from_behind_it(name: str, served: Any) -> None:
+    args = make(CASES[name], torch.bfloat16)
+    assert_within_budget(args, gradients(args, served(16)))
+
+
 def assert_within_budget(args: Arguments, got: dict[str, Tensor]) -> None:
     reference = gradients(cast(args, torch.float64), everything("naive"))
     assert_gradients(got, reference, gradients(args, everything("naive")), args["q"].dtype)

@@ -12,6 +12,7 @@ from ..problem import Inputs, Problem
 from .backward_rows_resident import ResidentRowsConfig, resident_rows_launches
 from .backward_slots_resident import resident_slots_launches
 from .backward_window_resident import resident_window_launch
+from .hopper import aligned
 from .primitives import Launch
 from .resident import Starts
 
@@ -21,10 +22,12 @@ def resident_passes(
     config: ResidentRowsConfig, found: dict[str, Tensor | None], starts: Starts | None,
 ) -> Iterator[Launch]:  # fmt: skip
     """As `backward.passes`."""
+    q, k, v, g = (aligned(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g))
+    inputs = replace(inputs, q=q, k=k, v=v, g=g)
     launches, stored, rows = resident_rows_launches(problem, inputs, lse, grad_o, grad_lse, config, starts)
     while launches:
         yield launches.pop(0)
-    k, v, g = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (inputs.k, inputs.v, inputs.g))
+    k, v, g = (torch.empty_like(x) for x in (k, v, g))
     g[:, max(0, problem.tokens - problem.delay) :] = 0  # they never reach the slots
     launches = resident_slots_launches(problem, inputs, stored, rows, grad_o, grad_final, k, v, g)
     del stored

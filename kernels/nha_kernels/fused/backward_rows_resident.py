@@ -29,7 +29,6 @@ from torch import Tensor
 from ..problem import Inputs, Problem
 from .backward_rows import RowGradients, empty_rows
 from .hopper import (
-    aligned,
     barrier,
     barriers,
     descriptor,
@@ -539,7 +538,7 @@ def resident_rows_launches(
     """The launches in order, and what they fill. starts: of the forward pass, whose segments these then are; None:
     found anew."""
     batch, tokens, heads = problem.batch, problem.tokens, problem.kv_heads
-    k, v, g = aligned(inputs.k), aligned(inputs.v), aligned(inputs.g)
+    k, v, g = inputs.k, inputs.v, inputs.g
     if starts is not None:
         config = replace(config, tiles=starts.tiles)
     segments = -(-tokens // config.tokens)

@@ -26,7 +26,6 @@ from ..problem import Inputs, Problem
 from .backward_rows import RowGradients
 from .backward_rows_resident import ResidentStates
 from .hopper import (
-    aligned,
     barrier,
     barriers,
     fence_async_shared,
@@ -194,7 +193,7 @@ def slots_partition(
     tokens_full, tokens_empty, state_full, state_empty, a_full, a_empty, beyond_full, row, blocks, unscale,
     M: gl.constexpr, D: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """A of K~ and V~, [BM, D] each. p_ends [segments, H, M, 2 D] fp32: A behind the segment."""
+    """A of K~ and V~, [BM, D] each. p_ends [segments, H, M, 2 D] fp32: A behind the segment; None: zero."""
     acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     square: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     tokens: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16])
@@ -440,10 +439,11 @@ def resident_slots_launches(
     if entered <= 0:
         return []
     pieces = problem.batch * stored.segments
-    ends = torch.empty(pieces, heads, problem.slots, 2 * dim, dtype=torch.float32, device=dk.device)
-    totals = torch.empty(pieces, heads, problem.slots, dtype=torch.float32, device=dk.device)
-
-    k, v, g, dk, dv = (x[:, :entered] for x in (aligned(inputs.k), aligned(inputs.v), aligned(inputs.g), dk, dv))
+    ends = grad_final  # behind a single segment
+    if stored.segments > 1:
+        ends = torch.empty(pieces, heads, problem.slots, 2 * dim, dtype=torch.float32, device=dk.device)
+        totals = ends.new_empty(ends.shape[:3])
+    k, v, g, dk, dv = (x[:, :entered] for x in (inputs.k, inputs.v, inputs.g, dk, dv))
     shared = dict(
         d_q=describe_rows(problem, inputs.q), d_do=describe_rows(problem, grad_o),
         d_da=describe_rows(problem, rows.logits), d_p=describe_rows(problem, rows.weights), d_g=describe_tokens(g),
@@ -456,8 +456,11 @@ def resident_slots_launches(
         unscale=1 / stored.scale, TERMS=len(rows.terms),
     )  # fmt: skip
     grid, options = (pieces * heads,), {"num_warps": 4}
+    last = Launch(resident_slots_kernel, grid, whole, options)
+    if stored.segments == 1 or ends is None:
+        return [last]
     return [
         Launch(front_kernel, grid, dict(shared, p_totals=totals, AHEAD=3), options),
         scan_launch(problem, NO_PIECES, ends, totals, grad_final, None, stored.segments, backward=True),
-        Launch(resident_slots_kernel, grid, whole, options),
+        last,
     ]

@@ -14,7 +14,6 @@ from torch import Tensor
 from ..problem import Inputs, Problem
 from .backward_rows import RowGradients
 from .hopper import (
-    aligned,
     barrier,
     barriers,
     fence_async_shared,
@@ -212,7 +211,7 @@ def resident_window_launch(
     pieces = -(-tokens // KEYS.value)
     arguments = dict(
         d_q=describe_rows(problem, inputs.q), d_do=describe_rows(problem, grad_o),
-        d_k=describe_tokens(aligned(inputs.k), half), d_v=describe_tokens(aligned(inputs.v), half),
+        d_k=describe_tokens(inputs.k, half), d_v=describe_tokens(inputs.v, half),
         d_dk=describe_tokens(dk, half), d_dv=describe_tokens(dv, half), p_dk=dk, p_dv=dv, p_lse=rows.lse,
         p_delta=rows.delta, rope=inputs.rope, T=tokens, W=problem.window, entered=tokens - problem.delay, pieces=pieces,
         scale=float(inputs.scale), HQ=problem.q_heads, H=heads, D=problem.head_dim,
