@@ -1,5 +1,5 @@
 """The backward pass seen from the rows, on Hopper, with the slots on the chip: what `backward_rows` finds, and on the
-way the slots before every 16 tokens, which the slots' own pass needs.
+way the slots before every 32 tokens, which the slots' own pass needs.
 
 As in `resident` a program takes one segment and one kv head, and walks its tiles of 16 tokens times 4 query heads;
 rings, slots and decays are the same. Its warps divide the work:
@@ -131,7 +131,8 @@ def state_partition(
     M: gl.constexpr, D: gl.constexpr, R: gl.constexpr, G: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
     """K~ and V~ [BM, D], both times 2^-A. p_before [segments, H, M, 2 D] fp32: at the segment's start; None: zero.
-    The slots before block b of the sequence, which are those of tile b - block, go to row chunk + b of d_states."""
+    The slots before every other block b of the sequence, which are those of tile b - block, go to row chunk + b // 2
+    of d_states."""
     acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     gates: gl.constexpr = gl.BlockedLayout([8, 1], [2, 16], [1, 4], [1, 0])  # [TOKENS, BM]
     mbarrier.wait(g_full.index(0), 0)
@@ -145,7 +146,7 @@ def state_partition(
     for i in range(tiles):
         if i >= 2:  # whoever used this stage last is done with it
             mbarrier.wait(done.index((i - 2) % R), ((i - 2) // R) & 1)
-        store_wait(2)  # and the copy engine: only those of the tile before are under way
+        store_wait(0)  # and so is the copy engine
         barrier()
         stage = i % 2
         s_factor.index(stage).store(b_factor)
@@ -157,9 +158,9 @@ def state_partition(
         fence_async_shared()
         barrier()
         mbarrier.arrive(slots_full.index(stage), count=1)
-        if block + i >= 0:  # before the sequence there are none
-            store_async(d_states, [chunk + block + i, h, 0, 0], s_slot_k.index(stage))
-            store_async(d_states, [chunk + block + i, h, 0, D], s_slot_v.index(stage))
+        if (block + i >= 0) & ((block + i) % 2 == 0):  # before the sequence there are none
+            store_async(d_states, [chunk + (block + i) // 2, h, 0, 0], s_slot_k.index(stage))
+            store_async(d_states, [chunk + (block + i) // 2, h, 0, D], s_slot_v.index(stage))
 
         b_k = b_k * b_keep[:, None]
         b_v = b_v * b_keep[:, None]
@@ -510,7 +511,7 @@ def resident_rows_kernel(
 
 @dataclass(frozen=True, slots=True)
 class ResidentStates:
-    """The slots before every 16 tokens, times `scale`: states [B * segments * blocks, H, M, 2 D]. segments: of a
+    """The slots before every 32 tokens, times `scale`: states [B * segments * blocks / 2, H, M, 2 D]. segments: of a
     sequence, `blocks` blocks of 16 tokens each."""
 
     states: Tensor
@@ -523,7 +524,7 @@ class ResidentStates:
         """Room for them, in segments of so many blocks."""
         segments = -(-max(1, problem.tokens - problem.delay) // (tiles * TOKENS.value))
         slots = (problem.kv_heads, problem.slots, 2 * problem.head_dim)
-        states = torch.empty(problem.batch * segments * tiles, *slots, dtype=problem.dtype, device=device)
+        states = torch.empty(problem.batch * segments * tiles // 2, *slots, dtype=problem.dtype, device=device)
         return cls(states, segments, tiles, 2.0**-ANCHOR.value)
 
     def descriptor(self) -> Any:
@@ -557,7 +558,7 @@ def resident_rows_launches(
         d_p=describe_rows(problem, rows.weights), d_da=describe_rows(problem, rows.logits),
         d_states=stored.descriptor(), p_before=before, p_lse=lse, p_dlse=grad_lse, p_sums=rows.lse,
         p_delta=rows.delta, p_terms=rows.terms, rope=inputs.rope, T=tokens, N=batch, tiles=config.tiles,
-        segments=segments, chunks=stored.segments * stored.blocks, scale=float(inputs.scale), HQ=problem.q_heads,
+        segments=segments, chunks=stored.segments * stored.blocks // 2, scale=float(inputs.scale), HQ=problem.q_heads,
         H=heads, D=problem.head_dim, M=problem.slots, WB=problem.window // TOKENS.value, R=ring, G=gates,
         MASK_EMPTY=problem.mask_empty_slots, REGISTERS=config.registers,
     )  # fmt: skip

@@ -155,6 +155,21 @@ def front_kernel(
 
 
 @gluon.jit
+def pair_turn(step, blocks):
+    """The how manieth pair of blocks a step belongs to. The slots before its first block are stored."""
+    return (blocks - 1) // 2 - (blocks - 1 - step) // 2
+
+
+@gluon.jit
+def leaving(b_g):
+    """From a block's gates [BM, TOKENS], in fp32: what is left of each token behind the block, and of what was before
+    it [BM]."""
+    b_log2 = gl.maximum(b_g, ERASED) * LOG2E
+    b_total = gl.sum(b_log2, 1)
+    return gl.exp2(b_total[:, None] - gl.associative_scan(b_log2, 1, add)), gl.exp2(b_total)
+
+
+@gluon.jit
 def load_partition(
     d_q, d_do, d_da, d_p, d_k, d_v, d_g, d_states, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state_k, s_state_v,
     rows_full, rows_empty, tokens_full, tokens_empty, state_full, state_empty, n, h, e0, delay, chunk, blocks,
@@ -181,15 +196,16 @@ def load_partition(
             load_async(d_do, [n, t, h, part * HEADS, 0], rows_full.index(place), s_do.index(place))
             load_async(d_da, [n, t, h, part * HEADS, 0], rows_full.index(place), s_da.index(place))
             load_async(d_p, [n, t, h, part * HEADS, 0], rows_full.index(place), s_p.index(place))
-        mbarrier.wait(state_empty.index(0), (step & 1) ^ 1)
-        mbarrier.expect(state_full.index(0), 2 * BM * D * 2)
-        load_async(d_states, [chunk + block, h, 0, 0], state_full.index(0), s_state_k)
-        load_async(d_states, [chunk + block, h, 0, D], state_full.index(0), s_state_v)
+        if (step == 0) | (block % 2 == 1):
+            mbarrier.wait(state_empty.index(0), (pair_turn(step, blocks) & 1) ^ 1)
+            mbarrier.expect(state_full.index(0), 2 * BM * D * 2)
+            load_async(d_states, [chunk + block // 2, h, 0, 0], state_full.index(0), s_state_k)
+            load_async(d_states, [chunk + block // 2, h, 0, D], state_full.index(0), s_state_v)
 
 
 @gluon.jit
 def slots_partition(
-    p_ends, s_q, s_do, s_da, s_p, s_g, s_state_k, s_state_v, s_a_k, s_a_v, s_beyond, rows_full, rows_empty,
+    p_ends, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state_k, s_state_v, s_a_k, s_a_v, s_beyond, rows_full, rows_empty,
     tokens_full, tokens_empty, state_full, state_empty, a_full, a_empty, beyond_full, row, blocks, unscale,
     M: gl.constexpr, D: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
@@ -197,6 +213,7 @@ def slots_partition(
     acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     square: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     tokens: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16])
+    gates: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])  # [BM, TOKENS], where sums run over tokens
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=square, k_width=2)
     of_acc: gl.constexpr = gl.SliceLayout(1, acc)
     ROWS: gl.constexpr = TOKENS * HEADS
@@ -216,13 +233,27 @@ def slots_partition(
         b_g = s_g.index(stage).reshape([TOKENS, BM]).permute((1, 0)).load(tokens).to(gl.float32)  # [BM, TOKENS]
         b_total = gl.exp2(gl.sum(gl.maximum(b_g, ERASED) * LOG2E, 1))
         b_total = gl.convert_layout(b_total, of_acc)  # [BM]
-        mbarrier.wait(state_full.index(0), step & 1)
+        mbarrier.wait(state_full.index(0), pair_turn(step, blocks) & 1)
         b_beyond = gl.sum(b_k * (s_state_k.reshape([BM, D]).load(acc).to(gl.float32) * unscale), 1)
         b_beyond += gl.sum(b_v * (s_state_v.reshape([BM, D]).load(acc).to(gl.float32) * unscale), 1)
+        first = (blocks - 1 - step) % 2 == 0  # of a pair
+        if not first:  # between the stored slots and this block is the other
+            other = (step + 1) % STAGES
+            mbarrier.wait(tokens_full.index(other), ((step + 1) // STAGES) & 1)
+            b_meet = gl.zeros([BM, TOKENS], gl.float32, tokens)
+            s_token = s_k.index(other).reshape([TOKENS, D]).permute((1, 0))
+            b_meet = warpgroup_mma(s_a_k, s_token, b_meet, use_acc=False, is_async=True)
+            s_token = s_v.index(other).reshape([TOKENS, D]).permute((1, 0))
+            b_meet = warpgroup_mma(s_a_v, s_token, b_meet, is_async=True)
+            b_other = s_g.index(other).reshape([TOKENS, BM]).permute((1, 0)).load(gates).to(gl.float32)
+            b_left, b_kept = leaving(b_other)
+            b_meet = gl.convert_layout(warpgroup_mma_wait(0, deps=(b_meet,)), gates) * strength(b_other)
+            b_beyond = b_beyond * gl.convert_layout(b_kept, of_acc)
+            b_beyond += gl.convert_layout(gl.sum(b_meet * b_left, 1), of_acc)
         s_beyond.index(step % 2).store(b_beyond * b_total)
         barrier()
         mbarrier.arrive(beyond_full.index(step % 2), count=1)
-        mbarrier.arrive(state_empty.index(0), count=1)
+        mbarrier.arrive(state_empty.index(0), count=1, pred=first)
         mbarrier.arrive(tokens_empty.index(stage), count=1)
 
         b_k = b_k * b_total[:, None]
@@ -274,8 +305,7 @@ def tokens_partition(
         mbarrier.wait(tokens_full.index(stage), (step // STAGES) & 1)
         b_g = s_g.index(stage).reshape([TOKENS, BM]).permute((1, 0)).load(gates).to(gl.float32)  # [BM, TOKENS]
         b_strength = strength(b_g)
-        b_log2 = gl.maximum(b_g, ERASED) * LOG2E
-        b_after = gl.exp2(gl.sum(b_log2, 1)[:, None] - gl.associative_scan(b_log2, 1, add))
+        b_after, _ = leaving(b_g)
         b_cut = gl.maximum(b_g, STRONGEST)
         b_token = gl.exp2(-gl.associative_scan(b_cut * LOG2E, 1, add) - ANCHOR)
         b_written = (b_token * b_strength).to(bf16)
@@ -352,7 +382,7 @@ def resident_slots_kernel(
     HQ: gl.constexpr, H: gl.constexpr, D: gl.constexpr, M: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
     """One segment of `chunks` blocks and one kv head. d_q, d_do: [N, T, H, NG, D]; d_da, d_p: [N, T, H, NG, M];
-    d_k, d_v, d_dk, d_dv: [N, entered, H, D]; d_g: [N, entered, H, M]; d_states [N * segments * chunks, H, M, 2 D],
+    d_k, d_v, d_dk, d_dv: [N, entered, H, D]; d_g: [N, entered, H, M]; d_states [N * segments * chunks / 2, H, M, 2 D],
     times 1 / unscale; p_ends as in `slots_kernel`; p_terms as in `RowGradients`; p_dg [N, T, H, M]."""
     NG: gl.constexpr = HQ // H
     PARTS: gl.constexpr = (NG + HEADS - 1) // HEADS
@@ -402,8 +432,8 @@ def resident_slots_kernel(
     gl.warp_specialize(
         [
             (slots_partition, (
-                p_ends, s_q, s_do, s_da, s_p, s_g, s_state_k, s_state_v, s_a_k, s_a_v, s_beyond, rows_full, rows_empty,
-                tokens_full, tokens_empty, state_full, state_empty, a_full, a_empty, beyond_full,
+                p_ends, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state_k, s_state_v, s_a_k, s_a_v, s_beyond, rows_full,
+                rows_empty, tokens_full, tokens_empty, state_full, state_empty, a_full, a_empty, beyond_full,
                 segment.to(gl.int64) * H + h, blocks, unscale, M, D, PARTS,
             )),
             (tokens_partition, (
@@ -421,7 +451,7 @@ def resident_slots_kernel(
             (load_partition, (
                 d_q, d_do, d_da, d_p, d_k, d_v, d_g, d_states, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state_k,
                 s_state_v, rows_full, rows_empty, tokens_full, tokens_empty, state_full, state_empty, n, h, e0, delay,
-                segment * chunks, blocks, D, PARTS,
+                segment * chunks // 2, blocks, D, PARTS,
             )),
         ],
         [4, 4, 1],
