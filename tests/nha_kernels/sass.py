@@ -208,7 +208,7 @@ def _product(text: str, operation: str, arguments: str) -> Product:
         text=text,
         left=range(int(rows[1]), int(rows[1]) + 4) if rows else range(0),
         accumulator=range(accumulator, accumulator + int(match[1]) // 2),
-        descriptors=range(shared, shared + (2 if rows else 4)),
+        descriptors=range(shared + (2 if rows else 0), shared + 4),  # of the left operand first
         ends_group="gsb0" in arguments,
     )
 

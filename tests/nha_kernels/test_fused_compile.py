@@ -36,14 +36,14 @@ SPILLED_WITH_ROPE = {  # by Triton 3.6 to 3.8
 # rows of two query heads of 256.
 SPILLED_BACKWARD = {"scan_kernel": 0, "rows_kernel": 320, "slots_kernel": 500, "window_kernel": 120}
 SPILLED_WIDE = {"bfloat16-D256-NG2-delay40": 1000}
-# Variants of the kernels for Hopper that find gradients, and what they move: for the most part constants of a loop.
+# Variants of the kernels for Hopper that find gradients, and what they move: for the most part constants of a loop, and
+# at the end of the window's, where two sums over all columns meet sums over all slots.
 RESIDENT_BACKWARD = (
     "D128-NG4-W64-bfloat16", "D64-NG8-W64-float32", "D128-NG4-W16-bfloat16", "D128-NG4-W64-bfloat16-rope",
     "D128-NG8-W64-bfloat16-rope",
 )  # fmt: skip
 SPILLED_RESIDENT_BACKWARD = {
-    "ends_kernel": 0, "resident_rows_kernel": 700, "front_kernel": 0, "resident_slots_kernel": 1100,
-    "resident_window_kernel": 400,
+    "ends_kernel": 0, "resident_rows_kernel": 400, "resident_slots_kernel": 500, "resident_window_kernel": 2200,
 }  # fmt: skip
 # From 3.9 on Triton calls ptxas 13 for sm_90, for which these kernels need too many registers: right all the same, but
 # slow.
@@ -116,7 +116,7 @@ def test_every_resident_variant_compiles(name: str) -> None:
 def test_the_resident_backward_pass_compiles(name: str) -> None:
     rows = compiled("resident-backward", name)
     assert [row["kernel"] for row in rows] == [
-        "ends_kernel", "scan_kernel", "resident_rows_kernel", "front_kernel", "scan_kernel", "resident_slots_kernel",
+        "ends_kernel", "scan_kernel", "resident_rows_kernel", "resident_slots_kernel", "scan_kernel",
         "resident_window_kernel",
     ]  # fmt: skip
     for row in rows:

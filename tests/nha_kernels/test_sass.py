@@ -110,8 +110,8 @@ def test_what_leaves_the_descriptor_alone(between: str) -> None:
 
 
 def test_one_operand_in_shared_memory_takes_half_a_descriptor() -> None:
-    assert late_descriptors(listing(*GROUP[:2], "R2UR UR10, R2", SECOND_FROM_REGISTERS, WAIT)) == []
-    assert len(late_descriptors(listing(*GROUP[:2], "R2UR UR9, R2", SECOND_FROM_REGISTERS, WAIT))) == 1
+    assert late_descriptors(listing(*GROUP[:2], "R2UR UR9, R2", SECOND_FROM_REGISTERS, WAIT)) == []
+    assert len(late_descriptors(listing(*GROUP[:2], "R2UR UR10, R2", SECOND_FROM_REGISTERS, WAIT))) == 1
 
 
 def test_groups_are_followed_round_branches() -> None:

@@ -85,6 +85,13 @@ def choose(problem: Problem) -> BackwardConfig | ResidentRowsConfig:
     return BackwardConfig.default(problem)
 
 
+def _config(problem: Problem, inputs: Inputs) -> BackwardConfig | ResidentRowsConfig:
+    """`choose`, but for gradients of a rotary embedding's tables, which not all kernels leave a way to."""
+    if inputs.rope is not None and any(table.requires_grad for table in inputs.rope):
+        return BackwardConfig.default(problem)
+    return choose(problem)
+
+
 def passes(
     problem: Problem, inputs: Inputs, lse: Tensor, grad_o: Tensor, grad_lse: Tensor | None, grad_final: Tensor | None,
     config: BackwardConfig | ResidentRowsConfig, found: dict[str, Tensor | None], starts: Starts | None = None,
@@ -130,7 +137,7 @@ def gradients(
 ) -> dict[str, Tensor | None]:  # fmt: skip
     """The gradients of a call that had the log-sum-exp lse, by the names of `Arguments`; grad_final [N, H, M, E]: of
     the slots after it; starts: as `passes` takes them."""
-    config = choose(problem)
+    config = _config(problem, inputs)
     asked, rotation = inputs, None
     if isinstance(config, BackwardConfig):
         rotation = _Rotation.of(problem, inputs)
@@ -204,7 +211,7 @@ class _Fused(torch.autograd.Function):
         call = Arguments(*arguments)
         problem, inputs = call.unpack()
         result, starts = serve(replace(problem, return_lse=True), inputs)
-        if not isinstance(choose(problem), ResidentRowsConfig):
+        if not isinstance(_config(problem, inputs), ResidentRowsConfig):
             starts = None  # of no use
         # A state may move on before the backward pass asks.
         saved = (

@@ -23,16 +23,16 @@ def resident_passes(
 ) -> Iterator[Launch]:  # fmt: skip
     """As `backward.passes`."""
     q, k, v, g = (aligned(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g))
-    inputs = replace(inputs, q=q, k=k, v=v, g=g)
+    rope = None if inputs.rope is None else (inputs.rope[0].contiguous(), inputs.rope[1].contiguous())
+    inputs = replace(inputs, q=q, k=k, v=v, g=g, rope=rope)
     launches, stored, rows = resident_rows_launches(problem, inputs, lse, grad_o, grad_lse, config, starts)
     while launches:
         yield launches.pop(0)
     k, v, g = (torch.empty_like(x) for x in (k, v, g))
     g[:, max(0, problem.tokens - problem.delay) :] = 0  # they never reach the slots
-    launches = resident_slots_launches(problem, inputs, stored, rows, grad_o, grad_final, k, v, g)
-    del stored
+    launches, behind = resident_slots_launches(problem, inputs, stored, rows, grad_o, grad_final, k, v, g)
     while launches:
         yield launches.pop(0)
     rows = replace(rows, weights=None, logits=None, terms=None)
-    yield resident_window_launch(problem, inputs, rows, grad_o, k, v)
+    yield resident_window_launch(problem, inputs, rows, stored, behind, grad_o, k, v, g)
     found |= dict(q=rows.q, k=k, v=v, g=g)

@@ -319,8 +319,8 @@ def rows_kernel(
     tl.store(p_dq + p_dq_row, b_dq.to(dtype), mask=m_dq)
 
 
-def empty_rows(problem: Problem, parts: int, device: torch.device) -> RowGradients:
-    """Room for the rows' gradients, `terms` in so many parts."""
+def empty_rows(problem: Problem, parts: int, device: torch.device, apart: bool) -> RowGradients:
+    """Room for the rows' gradients, `terms` in so many parts; apart: that of the window's q by itself."""
     rows = (problem.batch, problem.tokens, problem.q_heads)
 
     def empty(*shape: int, dtype: torch.dtype = problem.dtype) -> Tensor:
@@ -328,7 +328,7 @@ def empty_rows(problem: Problem, parts: int, device: torch.device) -> RowGradien
 
     return RowGradients(
         q=empty(*rows, problem.head_dim),
-        q_window=None if problem.positions == "none" else empty(*rows, problem.head_dim),
+        q_window=empty(*rows, problem.head_dim) if apart else None,
         weights=empty(*rows, problem.slots), logits=empty(*rows, problem.slots),
         delta=empty(*rows, dtype=torch.float32), lse=empty(*rows, dtype=torch.float32),
         terms=empty(parts, problem.batch * problem.tokens, problem.kv_heads, problem.slots, dtype=torch.float32),
@@ -345,7 +345,7 @@ def rows_launch(
     parts = -(-problem.group // config.heads)
     q = inputs.q.contiguous()
     q_window = q if inputs.q_window is None else inputs.q_window.contiguous()
-    grads = empty_rows(problem, parts, q.device)
+    grads = empty_rows(problem, parts, q.device, apart=problem.positions != "none")
     arguments = dict(
         p_q=q, p_q_window=q_window, tokens=operands.tokens, recent=operands.recent, layout=layout,
         p_first_segment=stored.layout.first, p_states=stored.states, p_do=grad_o, p_lse=lse, p_dlse=grad_lse,

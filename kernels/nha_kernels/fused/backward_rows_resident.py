@@ -40,6 +40,7 @@ from .hopper import (
     store_async,
     store_wait,
     tile_layout,
+    unknown_place,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -63,7 +64,12 @@ from .segment_ends import BM, ends_launches, load_slots, strength
 
 RAISED = gl.constexpr(2.0**8)
 # R and G by whether there is a rotary embedding, and bytes of a gate: what shared memory has room for with heads of 128
-RINGS = {(False, 2): (7, 5), (False, 4): (7, 3), (True, 2): (6, 5), (True, 4): (6, 3)}
+RINGS = {(False, 2): (8, 4), (False, 4): (7, 3), (True, 2): (6, 5), (True, 4): (6, 3)}
+
+
+SEGMENT = (
+    8  # blocks that a segment of `ResidentStates` is made of: as many tokens as a program of the window's keys has
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +126,8 @@ def load_partition(
             for part in gl.static_range(PARTS):
                 mbarrier.wait(q_empty.index(0), ((i * PARTS + part) & 1) ^ 1)
                 mbarrier.expect(q_full.index(0), 2 * TOKENS * HEADS * D * 2)
-                load_async(d_q, [n, t0 + i * TOKENS, h, part * HEADS, 0], q_full.index(0), s_q)
-                load_async(d_do, [n, t0 + i * TOKENS, h, part * HEADS, 0], q_full.index(0), s_do)
+                load_async(d_q, [n, t0 + i * TOKENS, h, part * HEADS, 0], q_full.index(0), s_q.index(0))
+                load_async(d_do, [n, t0 + i * TOKENS, h, part * HEADS, 0], q_full.index(0), s_do.index(0))
 
 
 @gluon.jit
@@ -238,13 +244,14 @@ def slots_partition(
     m = gl.arange(0, BM, layout=gl.SliceLayout(0, slots))
     b_none = gl.zeros([ROWS, TOKENS], gl.float32, keys)
     b_nothing = gl.zeros([ROWS, BM], gl.float32, slots)
-    s_query = s_q.reshape([ROWS, D])
-    s_out = s_do.reshape([ROWS, D])
 
     for turn in range(tiles * PARTS):
         i = turn // PARTS
         part = turn % PARTS
         stage = i % 2
+        only = unknown_place(0, turn, tiles * PARTS)
+        s_query = s_q.index(only).reshape([ROWS, D])
+        s_out = s_do.index(only).reshape([ROWS, D])
         row, m_row = tile_rows(n, h, t0 + i * TOKENS, part, T, HQ, NG, of_slots)
         b_lse = load_lse(p_lse, row, m_row)
         mbarrier.wait(kv_full.index(i % R), (i // R) & 1)
@@ -257,12 +264,12 @@ def slots_partition(
         s_key = s_leaving.index(i % L).reshape([TOKENS, D]).permute((1, 0))
         s_value = s_v.index(i % R).reshape([TOKENS, D]).permute((1, 0))
         b_dots = warpgroup_mma(s_query, s_key, b_none, use_acc=False, is_async=True)  # [ROWS, TOKENS]
-        b_values = warpgroup_mma(s_out, s_value, b_none, use_acc=False, is_async=True)
         s_slot = s_slot_k.index(stage).reshape([BM, D]).permute((1, 0))
         b_logit = warpgroup_mma(s_query, s_slot, b_nothing, use_acc=False, is_async=True)  # [ROWS, BM]
+        b_values = warpgroup_mma(s_out, s_value, b_none, use_acc=False, is_async=True)
         s_slot = s_slot_v.index(stage).reshape([BM, D]).permute((1, 0))
         b_value = warpgroup_mma(s_out, s_slot, b_nothing, use_acc=False, is_async=True)
-        b_dots, b_values, b_logit, b_value = warpgroup_mma_wait(2, deps=(b_dots, b_values, b_logit, b_value))
+        b_dots, b_values, b_logit, b_value = warpgroup_mma_wait(1, deps=(b_dots, b_values, b_logit, b_value))
         b_pair = gl.convert_layout(gl.where(m_before, b_dots, 0.0).to(bf16), left)
         b_pair_value = gl.convert_layout(gl.where(m_before, b_values, 0.0).to(bf16), left)
         b_logit = warpgroup_mma(b_pair, s_factor.index(stage), b_logit, is_async=True)
@@ -304,14 +311,14 @@ def slots_partition(
         store_wait(0)
         barrier()
         s_p.reshape([ROWS, BM]).store(b_p)
-        s_da.reshape([ROWS, BM]).store(b_da)
+        s_da.index(0).reshape([ROWS, BM]).store(b_da)
         fence_async_shared()
         barrier()
         mbarrier.arrive(staged_full.index(0), count=1)
         if part == PARTS - 1:
             mbarrier.arrive(done.index(i % R), count=1)
         store_async(d_p, [n, t0 + i * TOKENS, h, part * HEADS, 0], s_p)
-        store_async(d_da, [n, t0 + i * TOKENS, h, part * HEADS, 0], s_da)
+        store_async(d_da, [n, t0 + i * TOKENS, h, part * HEADS, 0], s_da.index(0))
     store_wait(0)
 
 
@@ -334,8 +341,6 @@ def window_partition(
     j = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, keys))
     m_upto = j[None, :] <= tok[:, None]  # [ROWS, TOKENS]
     b_none = gl.zeros([ROWS, TOKENS], gl.float32, keys)
-    s_query = s_q.reshape([ROWS, D])
-    s_out = s_do.reshape([ROWS, D])
     for x in gl.static_range(WB):
         mbarrier.wait(keys_full.index(x), 0)
 
@@ -343,6 +348,9 @@ def window_partition(
         i = turn // PARTS
         part = turn % PARTS
         first = t0 + (i - WB) * TOKENS  # token of block i
+        only = unknown_place(0, turn, tiles * PARTS)
+        s_query = s_q.index(only).reshape([ROWS, D])
+        s_out = s_do.index(only).reshape([ROWS, D])
         row, m_row = tile_rows(n, h, t0 + i * TOKENS, part, T, HQ, NG, of_keys)
         b_lse = load_lse(p_lse, row, m_row)
         mbarrier.wait(keys_full.index((i + WB) % R), ((i + WB) // R) & 1)
@@ -397,7 +405,7 @@ def window_partition(
 
         # What the slots' logits add: by way of the slots before block i, and of its tokens.
         mbarrier.wait(staged_full.index(0), turn & 1)
-        s_slot_da = s_da.reshape([ROWS, BM])
+        s_slot_da = s_da.index(only).reshape([ROWS, BM])
         s_factors = s_factor.index(i % 2).permute((1, 0))
         b_w = warpgroup_mma(s_slot_da, s_factors, b_none, use_acc=False, is_async=True)  # [ROWS, TOKENS]
         b_dq = warpgroup_mma(s_slot_da, s_slot_k.index(i % 2).reshape([BM, D]), b_dq, is_async=True)
@@ -437,11 +445,11 @@ def resident_rows_kernel(
     tiles = gl.minimum(tiles, (T - t0 + TOKENS - 1) // TOKENS)
 
     bf16: gl.constexpr = gl.bfloat16
-    s_q = gl.allocate_shared_memory(bf16, [1, TOKENS, 1, HEADS, D], tile_layout(5))
-    s_do = gl.allocate_shared_memory(bf16, [1, TOKENS, 1, HEADS, D], tile_layout(5))
+    s_q = gl.allocate_shared_memory(bf16, [1, 1, TOKENS, 1, HEADS, D], tile_layout(5))
+    s_do = gl.allocate_shared_memory(bf16, [1, 1, TOKENS, 1, HEADS, D], tile_layout(5))
     s_dq = gl.allocate_shared_memory(bf16, [1, TOKENS, 1, HEADS, D], tile_layout(5))
     s_p = gl.allocate_shared_memory(bf16, [1, TOKENS, 1, HEADS, BM], tile_layout(5))
-    s_da = gl.allocate_shared_memory(bf16, [1, TOKENS, 1, HEADS, BM], tile_layout(5))
+    s_da = gl.allocate_shared_memory(bf16, [1, 1, TOKENS, 1, HEADS, BM], tile_layout(5))
     s_k = gl.allocate_shared_memory(bf16, [R, 1, TOKENS, 1, D], tile_layout(4))
     s_v = gl.allocate_shared_memory(bf16, [R, 1, TOKENS, 1, D], tile_layout(4))
     GATE_BITS: gl.constexpr = d_g.dtype.primitive_bitwidth
@@ -521,7 +529,8 @@ class ResidentStates:
 
     @classmethod
     def empty(cls, problem: Problem, tiles: int, device: torch.device) -> ResidentStates:
-        """Room for them, in segments of so many blocks."""
+        """Room for them, in segments of so many blocks, or a few more."""
+        tiles = -(-tiles // SEGMENT) * SEGMENT
         segments = -(-max(1, problem.tokens - problem.delay) // (tiles * TOKENS.value))
         slots = (problem.kv_heads, problem.slots, 2 * problem.head_dim)
         states = torch.empty(problem.batch * segments * tiles // 2, *slots, dtype=problem.dtype, device=device)
@@ -544,7 +553,7 @@ def resident_rows_launches(
         config = replace(config, tiles=starts.tiles)
     segments = -(-tokens // config.tokens)
     stored = ResidentStates.empty(problem, config.tiles, k.device)
-    rows = empty_rows(problem, -(-problem.group // HEADS.value), k.device)
+    rows = empty_rows(problem, -(-problem.group // HEADS.value), k.device, apart=False)
     launches: list[Launch] = []
     if starts is None:
         launches, before = ends_launches(problem, k, v, g, config.tokens, None)

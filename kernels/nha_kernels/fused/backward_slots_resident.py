@@ -1,5 +1,9 @@
-"""The backward pass seen from the slots, on Hopper: what `backward_slots` finds in its second run, by a kernel that
-walks each segment once, from its last block to its first.
+"""The backward pass seen from the slots, on Hopper: what `backward_slots` finds, by a kernel that walks each segment
+once, from its last block to its first.
+
+All is linear in A, the gradient of the slots. So a walk begins with none behind its segment, and says what its own rows
+come to in front of it. A scan makes of that what lies behind each segment, `Behind`, and what this adds to gradients is
+left to the pass over the window's keys, which has keys and values at hand.
 
 A program takes one segment and one kv head; a step is a block of 16 slot tokens e and the rows t = e + delay that met
 it last. Its warps divide the work:
@@ -19,6 +23,9 @@ for keys.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -28,6 +35,7 @@ from .backward_rows_resident import ResidentStates
 from .hopper import (
     barrier,
     barriers,
+    descriptor,
     fence_async_shared,
     gl,
     gluon,
@@ -36,12 +44,13 @@ from .hopper import (
     store_async,
     store_wait,
     tile_layout,
+    unknown_place,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
 from .primitives import ANCHOR, LOG2E, STRONGEST, Launch
 from .resident import ERASED, HEADS, TOKENS, add, describe_rows, describe_tokens
-from .segment_ends import BM, NO_PIECES, load_slots, strength
+from .segment_ends import BM, NO_PIECES, strength
 from .states import scan_launch
 
 STAGES = gl.constexpr(2)  # steps whose rows and tokens are under way
@@ -54,104 +63,10 @@ def add_before(a, x, b, y):
 
 
 @gluon.jit
-def load_rows(
-    d_q, d_do, d_da, d_p, d_g, s_q, s_do, s_da, s_p, s_g, full, turn, turns, n, h, e0, delay,
-    PARTS: gl.constexpr, AHEAD: gl.constexpr,
-):  # fmt: skip
-    """The rows of a turn, and their tokens' gates, into a place of the ring."""
-    place = turn % AHEAD
-    pred = turn < turns
-    e = e0 + turn // PARTS * TOKENS
-    head = turn % PARTS * HEADS
-    D: gl.constexpr = s_q.shape[5]
-    BYTES: gl.constexpr = TOKENS * (2 * HEADS * (D + BM) * 2 + BM * (d_g.dtype.primitive_bitwidth // 8))
-    mbarrier.expect(full.index(place), BYTES, pred=pred)
-    load_async(d_g, [n, e, h, 0], full.index(place), s_g.index(place), pred=pred)
-    load_async(d_q, [n, e + delay, h, head, 0], full.index(place), s_q.index(place), pred=pred)
-    load_async(d_do, [n, e + delay, h, head, 0], full.index(place), s_do.index(place), pred=pred)
-    load_async(d_da, [n, e + delay, h, head, 0], full.index(place), s_da.index(place), pred=pred)
-    load_async(d_p, [n, e + delay, h, head, 0], full.index(place), s_p.index(place), pred=pred)
-
-
-@gluon.jit
-def weigh(s_p, b_scale, left: gl.constexpr):
-    """Anchored weights of a tile as the left operand of a product, [BM, ROWS]: without the anchor, times b_scale [BM]
-    in the layout of `left`'s parent; None: 1."""
-    b_p = s_p.reshape([TOKENS * HEADS, BM]).permute((1, 0)).load(left).to(gl.float32) * 2.0**-ANCHOR
-    if b_scale is not None:
-        b_p = gl.convert_layout(gl.convert_layout(b_p, left.parent, assert_trivial=True) * b_scale[:, None], left)
-    return b_p.to(gl.bfloat16)
-
-
-@gluon.jit(do_not_specialize=["entered", "delay", "segments", "chunks"])
-def front_kernel(
-    d_q, d_do, d_da, d_p, d_g, p_ends, p_totals, entered, delay, segments, chunks,
-    HQ: gl.constexpr, H: gl.constexpr, D: gl.constexpr, M: gl.constexpr, AHEAD: gl.constexpr,
-):  # fmt: skip
-    """What the rows of one segment come to for the slots in front of it, p_ends [segments, H, M, 2 D], and the sum of
-    its gates in log2, p_totals [segments, H, M]; fp32. Other arguments as in `resident_slots_kernel`.
-
-    From the first block to the last: so the decay back to the segment's begin is known as the rows come, and nothing
-    that was summed decays.
-    """
-    NG: gl.constexpr = HQ // H
-    PARTS: gl.constexpr = (NG + HEADS - 1) // HEADS
-    ROWS: gl.constexpr = TOKENS * HEADS
-    acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    square: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, ROWS, 16])
-    tokens: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16])
-    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=square, k_width=2)
-    bf16: gl.constexpr = gl.bfloat16
-    h = gl.program_id(0) % H
-    segment = gl.program_id(0) // H
-    n = segment // segments
-    e0 = segment % segments * chunks * TOKENS
-    turns = gl.minimum(chunks, (entered - e0 + TOKENS - 1) // TOKENS) * PARTS
-
-    s_q = gl.allocate_shared_memory(bf16, [AHEAD, 1, TOKENS, 1, HEADS, D], tile_layout(5))
-    s_do = gl.allocate_shared_memory(bf16, [AHEAD, 1, TOKENS, 1, HEADS, D], tile_layout(5))
-    s_da = gl.allocate_shared_memory(bf16, [AHEAD, 1, TOKENS, 1, HEADS, BM], tile_layout(5))
-    s_p = gl.allocate_shared_memory(bf16, [AHEAD, 1, TOKENS, 1, HEADS, BM], tile_layout(5))
-    GATE_BITS: gl.constexpr = d_g.dtype.primitive_bitwidth
-    s_g = gl.allocate_shared_memory(d_g.dtype, [AHEAD, 1, TOKENS, 1, BM], tile_layout(4, GATE_BITS))
-    full = barriers(AHEAD, 1)
-    fence_async_shared()
-    barrier()
-    for turn in gl.static_range(AHEAD):
-        load_rows(
-            d_q, d_do, d_da, d_p, d_g, s_q, s_do, s_da, s_p, s_g, full, turn, turns, n, h, e0, delay, PARTS, AHEAD
-        )
-    b_k = gl.zeros([BM, D], gl.float32, acc)
-    b_v = gl.zeros([BM, D], gl.float32, acc)
-    b_sum = gl.zeros([BM], gl.float32, gl.SliceLayout(1, square))  # of the gates before this block, in log2
-    for turn in range(turns):
-        place = turn % AHEAD
-        mbarrier.wait(full.index(place), (turn // AHEAD) & 1)
-        b_decay = gl.exp2(b_sum)
-        b_da = weigh(s_da.index(place), b_decay, left)
-        b_p = weigh(s_p.index(place), b_decay, left)
-        b_k = warpgroup_mma(b_da, s_q.index(place).reshape([ROWS, D]), b_k, is_async=True)
-        b_v = warpgroup_mma(b_p, s_do.index(place).reshape([ROWS, D]), b_v, is_async=True)
-        b_g = s_g.index(place).reshape([TOKENS, BM]).permute((1, 0)).load(tokens).to(gl.float32)  # [BM, TOKENS]
-        b_step = gl.sum(gl.maximum(b_g, ERASED) * LOG2E, 1)
-        if turn % PARTS == PARTS - 1:
-            b_sum += gl.convert_layout(b_step, gl.SliceLayout(1, square))
-        b_k, b_v, b_da, b_p = warpgroup_mma_wait(0, deps=(b_k, b_v, b_da, b_p))
-        barrier()  # all warps are done with this place
-        load_rows(
-            d_q, d_do, d_da, d_p, d_g, s_q, s_do, s_da, s_p, s_g, full, turn + AHEAD, turns, n, h, e0, delay, PARTS,
-            AHEAD,
-        )  # fmt: skip
-
-    m = gl.arange(0, BM, layout=gl.SliceLayout(1, acc))
-    d = gl.arange(0, D, layout=gl.SliceLayout(0, acc))
-    row = (segment.to(gl.int64) * H + h) * M
-    p_row = p_ends + (row + m)[:, None] * (2 * D) + d[None, :]
-    m_row = (m < M)[:, None] & (d < D)[None, :]
-    gl.store(p_row, b_k, mask=m_row)
-    gl.store(p_row + D, b_v, mask=m_row)
-    slot = gl.arange(0, BM, layout=gl.SliceLayout(1, square))
-    gl.store(p_totals + row + slot, b_sum, mask=slot < M)
+def weigh(s_p, left: gl.constexpr):
+    """Anchored weights of a tile as the left operand of a product, [BM, ROWS], without the anchor."""
+    b_p = s_p.reshape([TOKENS * HEADS, BM]).permute((1, 0)).load(left)
+    return (b_p.to(gl.float32) * 2.0**-ANCHOR).to(gl.bfloat16)
 
 
 @gluon.jit
@@ -205,11 +120,13 @@ def load_partition(
 
 @gluon.jit
 def slots_partition(
-    p_ends, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state_k, s_state_v, s_a_k, s_a_v, s_beyond, rows_full, rows_empty,
-    tokens_full, tokens_empty, state_full, state_empty, a_full, a_empty, beyond_full, row, blocks, unscale,
+    p_front, p_totals, p_rest, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state_k, s_state_v, s_a, s_beyond,
+    rows_full, rows_empty, tokens_full, tokens_empty, state_full, state_empty, a_full, a_empty, beyond_full,
+    segment, h, chunks, blocks, H, unscale,
     M: gl.constexpr, D: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """A of K~ and V~, [BM, D] each. p_ends [segments, H, M, 2 D] fp32: A behind the segment; None: zero."""
+    """A of K~ and V~, [BM, D] each; in the end, in front of the segment, it goes to p_front. The others as in
+    `resident_slots_kernel`."""
     acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     square: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     tokens: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16])
@@ -217,13 +134,15 @@ def slots_partition(
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=square, k_width=2)
     of_acc: gl.constexpr = gl.SliceLayout(1, acc)
     ROWS: gl.constexpr = TOKENS * HEADS
-    b_k = load_slots(p_ends, row, 0, M, D, D, acc)
-    b_v = load_slots(p_ends, row, D, M, D, D, acc)
+    b_k = gl.zeros([BM, D], gl.float32, acc)
+    b_v = gl.zeros([BM, D], gl.float32, acc)
+    b_rest = gl.zeros([BM], gl.float32, of_acc)
+    m = gl.arange(0, BM, layout=of_acc)
     for step in range(blocks):
         stage = step % STAGES
         mbarrier.wait(a_empty.index(0), (step & 1) ^ 1)
-        s_a_k.store(b_k.to(gl.bfloat16))
-        s_a_v.store(b_v.to(gl.bfloat16))
+        s_a.index(0).store(b_k.to(gl.bfloat16))
+        s_a.index(1).store(b_v.to(gl.bfloat16))
         fence_async_shared()
         barrier()
         mbarrier.arrive(a_full.index(0), count=1)
@@ -231,8 +150,11 @@ def slots_partition(
         # What gates in front of the block meet behind it.
         mbarrier.wait(tokens_full.index(stage), (step // STAGES) & 1)
         b_g = s_g.index(stage).reshape([TOKENS, BM]).permute((1, 0)).load(tokens).to(gl.float32)  # [BM, TOKENS]
-        b_total = gl.exp2(gl.sum(gl.maximum(b_g, ERASED) * LOG2E, 1))
-        b_total = gl.convert_layout(b_total, of_acc)  # [BM]
+        b_step = gl.convert_layout(gl.sum(gl.maximum(b_g, ERASED) * LOG2E, 1), of_acc)  # [BM]
+        block = segment.to(gl.int64) * chunks + blocks - 1 - step
+        gl.store(p_rest + (block * H + h) * M + m, b_rest, mask=m < M)
+        b_rest += b_step
+        b_total = gl.exp2(b_step)
         mbarrier.wait(state_full.index(0), pair_turn(step, blocks) & 1)
         b_beyond = gl.sum(b_k * (s_state_k.reshape([BM, D]).load(acc).to(gl.float32) * unscale), 1)
         b_beyond += gl.sum(b_v * (s_state_v.reshape([BM, D]).load(acc).to(gl.float32) * unscale), 1)
@@ -242,9 +164,9 @@ def slots_partition(
             mbarrier.wait(tokens_full.index(other), ((step + 1) // STAGES) & 1)
             b_meet = gl.zeros([BM, TOKENS], gl.float32, tokens)
             s_token = s_k.index(other).reshape([TOKENS, D]).permute((1, 0))
-            b_meet = warpgroup_mma(s_a_k, s_token, b_meet, use_acc=False, is_async=True)
+            b_meet = warpgroup_mma(s_a.index(0), s_token, b_meet, use_acc=False, is_async=True)
             s_token = s_v.index(other).reshape([TOKENS, D]).permute((1, 0))
-            b_meet = warpgroup_mma(s_a_v, s_token, b_meet, is_async=True)
+            b_meet = warpgroup_mma(s_a.index(1), s_token, b_meet, is_async=True)
             b_other = s_g.index(other).reshape([TOKENS, BM]).permute((1, 0)).load(gates).to(gl.float32)
             b_left, b_kept = leaving(b_other)
             b_meet = gl.convert_layout(warpgroup_mma_wait(0, deps=(b_meet,)), gates) * strength(b_other)
@@ -262,13 +184,21 @@ def slots_partition(
             turn = step * PARTS + part
             place = turn % STAGES
             mbarrier.wait(rows_full.index(place), (turn // STAGES) & 1)
-            b_da = weigh(s_da.index(place), None, left)
-            b_p = weigh(s_p.index(place), None, left)
+            b_da = weigh(s_da.index(place), left)
+            b_p = weigh(s_p.index(place), left)
             b_k = warpgroup_mma(b_da, s_q.index(place).reshape([ROWS, D]), b_k, is_async=True)
             b_v = warpgroup_mma(b_p, s_do.index(place).reshape([ROWS, D]), b_v, is_async=True)
             b_k, b_v, b_da, b_p = warpgroup_mma_wait(0, deps=(b_k, b_v, b_da, b_p))
             barrier()
             mbarrier.arrive(rows_empty.index(place), count=1)
+
+    d = gl.arange(0, D, layout=gl.SliceLayout(0, acc))
+    row = (segment.to(gl.int64) * H + h) * M + m
+    p_row = p_front + row[:, None] * (2 * D) + d[None, :]
+    m_row = (m < M)[:, None] & (d < D)[None, :]
+    gl.store(p_row, b_k, mask=m_row)
+    gl.store(p_row + D, b_v, mask=m_row)
+    gl.store(p_totals + row, b_rest, mask=m < M)
 
 
 @gluon.jit
@@ -295,6 +225,7 @@ def tokens_partition(
     for step in range(blocks):
         stage = step % STAGES
         e = e0 + (blocks - 1 - step) * TOKENS + u
+        mine = unknown_place(0 if IS_K else 1, step, blocks)
         b_rows = gl.zeros([BM, TOKENS], gl.float32, gates)
         if IS_K:
             m_term = m_slot & (e + delay < T)[None, :]
@@ -309,15 +240,17 @@ def tokens_partition(
         b_cut = gl.maximum(b_g, STRONGEST)
         b_token = gl.exp2(-gl.associative_scan(b_cut * LOG2E, 1, add) - ANCHOR)
         b_written = (b_token * b_strength).to(bf16)
-        s_written.store(b_written)
-        s_left.store((b_strength * b_after).to(bf16))
+        s_written.index(mine).store(b_written)
+        s_left.index(mine).store((b_strength * b_after).to(bf16))
         fence_async_shared()
         barrier()
 
         s_token = s_x.index(stage).reshape([TOKENS, D]).permute((1, 0))  # [D, TOKENS]
         mbarrier.wait(a_full.index(0), step & 1)
-        b_behind = warpgroup_mma(s_a, s_token, b_none, use_acc=False, is_async=True)  # [BM, TOKENS]
-        b_dx = warpgroup_mma(s_a.permute((1, 0)), s_left, b_zero, use_acc=False, is_async=True)  # [D, TOKENS]
+        b_behind = warpgroup_mma(s_a.index(mine), s_token, b_none, use_acc=False, is_async=True)  # [BM, TOKENS]
+        b_dx = warpgroup_mma(
+            s_a.index(mine).permute((1, 0)), s_left.index(mine), b_zero, use_acc=False, is_async=True
+        )  # [D, TOKENS]
         b_behind, b_dx = warpgroup_mma_wait(0, deps=(b_behind, b_dx))
         barrier()
         mbarrier.arrive(a_empty.index(0), count=1)
@@ -330,26 +263,26 @@ def tokens_partition(
             s_row = s_y.index(place).reshape([ROWS, D])
             s_weight = s_p.index(place).reshape([ROWS, BM])
             b_dots = warpgroup_mma(s_row, s_token, b_none, use_acc=False, is_async=True)  # [ROWS, TOKENS]
-            b_w = warpgroup_mma(s_weight, s_written, b_none, use_acc=False, is_async=True)
+            b_w = warpgroup_mma(s_weight, s_written.index(mine), b_none, use_acc=False, is_async=True)
             b_dots, b_w = warpgroup_mma_wait(0, deps=(b_dots, b_w))
-            s_later.store(gl.where(m_upto & (j[None, :] != tok[:, None]), b_dots, 0.0).to(bf16))
-            s_own.store(gl.where(m_own, b_dots, 0.0).to(bf16))
-            s_w.store(gl.where(m_upto, b_w, 0.0).to(bf16))
+            s_later.index(mine).store(gl.where(m_upto & (j[None, :] != tok[:, None]), b_dots, 0.0).to(bf16))
+            s_own.index(mine).store(gl.where(m_own, b_dots, 0.0).to(bf16))
+            s_w.index(mine).store(gl.where(m_upto, b_w, 0.0).to(bf16))
             fence_async_shared()
             barrier()
-            b_later = warpgroup_mma(s_weight.permute((1, 0)), s_later, b_later, is_async=True)
-            b_own = warpgroup_mma(s_weight.permute((1, 0)), s_own, b_own, is_async=True)
-            b_dx = warpgroup_mma(s_row.permute((1, 0)), s_w, b_dx, is_async=True)
+            b_later = warpgroup_mma(s_weight.permute((1, 0)), s_later.index(mine), b_later, is_async=True)
+            b_own = warpgroup_mma(s_weight.permute((1, 0)), s_own.index(mine), b_own, is_async=True)
+            b_dx = warpgroup_mma(s_row.permute((1, 0)), s_w.index(mine), b_dx, is_async=True)
             b_later, b_own, b_dx = warpgroup_mma_wait(0, deps=(b_later, b_own, b_dx))
             barrier()
             mbarrier.arrive(rows_empty.index(place), count=1)
 
         store_wait(0)
         barrier()
-        s_dx.reshape([TOKENS, D]).permute((1, 0)).store(b_dx.to(bf16))
+        s_dx.index(mine).reshape([TOKENS, D]).permute((1, 0)).store(b_dx.to(bf16))
         fence_async_shared()
         barrier()
-        store_async(d_dx, [n, e0 + (blocks - 1 - step) * TOKENS, h, 0], s_dx)
+        store_async(d_dx, [n, e0 + (blocks - 1 - step) * TOKENS, h, 0], s_dx.index(mine))
         b_behind = gl.convert_layout(b_behind, gates) * b_after
         b_later = gl.convert_layout(b_later, gates)
         b_own = gl.convert_layout(b_own, gates)
@@ -377,13 +310,15 @@ def tokens_partition(
 
 @gluon.jit(do_not_specialize=["T", "N", "entered", "delay", "segments", "chunks"])
 def resident_slots_kernel(
-    d_q, d_do, d_da, d_p, d_k, d_v, d_g, d_states, d_dk, d_dv, p_ends, p_terms, p_dg, T, N, entered, delay, segments,
-    chunks, unscale,
+    d_q, d_do, d_da, d_p, d_k, d_v, d_g, d_states, d_dk, d_dv, p_front, p_totals, p_rest, p_terms, p_dg,
+    T, N, entered, delay, segments, chunks, unscale,
     HQ: gl.constexpr, H: gl.constexpr, D: gl.constexpr, M: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
     """One segment of `chunks` blocks and one kv head. d_q, d_do: [N, T, H, NG, D]; d_da, d_p: [N, T, H, NG, M];
     d_k, d_v, d_dk, d_dv: [N, entered, H, D]; d_g: [N, entered, H, M]; d_states [N * segments * chunks / 2, H, M, 2 D],
-    times 1 / unscale; p_ends as in `slots_kernel`; p_terms as in `RowGradients`; p_dg [N, T, H, M]."""
+    times 1 / unscale; p_terms as in `RowGradients`; p_dg [N, T, H, M]; p_front [N * segments, H, M, 2 D] fp32: what the
+    rows of each segment come to for the slots in front of it; p_totals [N * segments, H, M] fp32: the sum of its gates,
+    in log2; p_rest [N * segments * chunks, H, M] fp32: of those behind each block."""
     NG: gl.constexpr = HQ // H
     PARTS: gl.constexpr = (NG + HEADS - 1) // HEADS
     h = gl.program_id(0) % H
@@ -403,12 +338,11 @@ def resident_slots_kernel(
     s_g = gl.allocate_shared_memory(d_g.dtype, [STAGES, 1, TOKENS, 1, BM], tile_layout(4, GATE_BITS))
     s_state_k = gl.allocate_shared_memory(bf16, [1, 1, BM, D], tile_layout(4))
     s_state_v = gl.allocate_shared_memory(bf16, [1, 1, BM, D], tile_layout(4))
-    s_a_k = gl.allocate_shared_memory(bf16, [BM, D], tile_layout(2))
-    s_a_v = gl.allocate_shared_memory(bf16, [BM, D], tile_layout(2))
     s_beyond = gl.allocate_shared_memory(gl.float32, [2, BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     narrow: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
     s_share = gl.allocate_shared_memory(gl.float32, [BM, TOKENS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
     # For keys and for values.
+    s_a = gl.allocate_shared_memory(bf16, [2, BM, D], tile_layout(2))
     s_dx = gl.allocate_shared_memory(bf16, [2, 1, TOKENS, 1, D], tile_layout(4))
     s_written = gl.allocate_shared_memory(bf16, [2, BM, TOKENS], narrow)
     s_left = gl.allocate_shared_memory(bf16, [2, BM, TOKENS], narrow)
@@ -432,19 +366,19 @@ def resident_slots_kernel(
     gl.warp_specialize(
         [
             (slots_partition, (
-                p_ends, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state_k, s_state_v, s_a_k, s_a_v, s_beyond, rows_full,
-                rows_empty, tokens_full, tokens_empty, state_full, state_empty, a_full, a_empty, beyond_full,
-                segment.to(gl.int64) * H + h, blocks, unscale, M, D, PARTS,
+                p_front, p_totals, p_rest, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state_k, s_state_v, s_a, s_beyond,
+                rows_full, rows_empty, tokens_full, tokens_empty, state_full, state_empty, a_full, a_empty,
+                beyond_full, segment, h, chunks, blocks, H, unscale, M, D, PARTS,
             )),
             (tokens_partition, (
-                d_dk, p_dg, p_terms, s_k, s_q, s_da, s_g, s_a_k, s_beyond, s_share, s_dx.index(0), s_written.index(0),
-                s_left.index(0), s_later.index(0), s_own.index(0), s_w.index(0), rows_full, rows_empty, tokens_full,
+                d_dk, p_dg, p_terms, s_k, s_q, s_da, s_g, s_a, s_beyond, s_share, s_dx, s_written, s_left,
+                s_later, s_own, s_w, rows_full, rows_empty, tokens_full,
                 tokens_empty, a_full, a_empty, beyond_full, share_full, share_empty, n, h, e0, entered, delay, blocks,
                 T, N, H, True, TERMS, M, D, PARTS,
             )),
             (tokens_partition, (
-                d_dv, p_dg, p_terms, s_v, s_do, s_p, s_g, s_a_v, s_beyond, s_share, s_dx.index(1), s_written.index(1),
-                s_left.index(1), s_later.index(1), s_own.index(1), s_w.index(1), rows_full, rows_empty, tokens_full,
+                d_dv, p_dg, p_terms, s_v, s_do, s_p, s_g, s_a, s_beyond, s_share, s_dx, s_written, s_left,
+                s_later, s_own, s_w, rows_full, rows_empty, tokens_full,
                 tokens_empty, a_full, a_empty, beyond_full, share_full, share_empty, n, h, e0, entered, delay, blocks,
                 T, N, H, False, TERMS, M, D, PARTS,
             )),
@@ -459,38 +393,50 @@ def resident_slots_kernel(
     )  # fmt: skip
 
 
+@dataclass(frozen=True, slots=True)
+class Behind:
+    """The gradient of the slots behind each segment: ends [B * segments, H, M, 2 D], in the dtype of the call, and by
+    which gates it decays up to each block of 16 tokens, rest [B * segments * blocks, H, M] fp32, log2. blocks: of a
+    segment."""
+
+    ends: Tensor
+    rest: Tensor
+    blocks: int
+
+    def descriptor(self) -> Any:
+        """K~'s or V~'s of one segment, as the copy engine takes them."""
+        return descriptor(self.ends, [1, 1, BM.value, self.ends.shape[-1] // 2])
+
+
 def resident_slots_launches(
     problem: Problem, inputs: Inputs, stored: ResidentStates, rows: RowGradients, grad_o: Tensor,
     grad_final: Tensor | None, dk: Tensor, dv: Tensor, dg: Tensor,
-) -> list[Launch]:  # fmt: skip
-    """The launches, in order, that fill dk, dv [B, T, H, D] and dg [B, T, H, M] where tokens enter the slots;
-    grad_final [N, H, M, E] fp32: of the slots after the call (None: zero)."""
+) -> tuple[list[Launch], Behind | None]:  # fmt: skip
+    """The launches, in order, and what they fill: dk, dv [B, T, H, D] and dg [B, T, H, M] where tokens enter the slots,
+    but for what adds to them by way of `Behind` (None: nothing); grad_final [N, H, M, E] fp32: of the slots after the
+    call (None: zero)."""
     heads, dim, entered = problem.kv_heads, problem.head_dim, problem.tokens - problem.delay
     if entered <= 0:
-        return []
+        return [], None
     pieces = problem.batch * stored.segments
-    ends = grad_final  # behind a single segment
-    if stored.segments > 1:
-        ends = torch.empty(pieces, heads, problem.slots, 2 * dim, dtype=torch.float32, device=dk.device)
-        totals = ends.new_empty(ends.shape[:3])
+    front = torch.empty(pieces, heads, problem.slots, 2 * dim, dtype=torch.float32, device=dk.device)
+    totals = front.new_empty(front.shape[:3])
+    rest = front.new_empty(pieces * stored.blocks, *totals.shape[1:])
     k, v, g, dk, dv = (x[:, :entered] for x in (inputs.k, inputs.v, inputs.g, dk, dv))
-    shared = dict(
+    arguments = dict(
         d_q=describe_rows(problem, inputs.q), d_do=describe_rows(problem, grad_o),
-        d_da=describe_rows(problem, rows.logits), d_p=describe_rows(problem, rows.weights), d_g=describe_tokens(g),
-        p_ends=ends, entered=entered, delay=problem.delay, segments=stored.segments,
-        chunks=stored.blocks, HQ=problem.q_heads, H=heads, D=dim, M=problem.slots,
+        d_da=describe_rows(problem, rows.logits), d_p=describe_rows(problem, rows.weights), d_k=describe_tokens(k),
+        d_v=describe_tokens(v), d_g=describe_tokens(g), d_states=stored.descriptor(), d_dk=describe_tokens(dk),
+        d_dv=describe_tokens(dv), p_front=front, p_totals=totals, p_rest=rest, p_terms=rows.terms, p_dg=dg,
+        T=problem.tokens, N=problem.batch, entered=entered, delay=problem.delay, segments=stored.segments,
+        chunks=stored.blocks, unscale=1 / stored.scale, HQ=problem.q_heads, H=heads, D=dim, M=problem.slots,
+        TERMS=len(rows.terms),
     )  # fmt: skip
-    whole = dict(
-        shared, d_k=describe_tokens(k), d_v=describe_tokens(v), d_dk=describe_tokens(dk), d_dv=describe_tokens(dv),
-        d_states=stored.descriptor(), p_terms=rows.terms, p_dg=dg, T=problem.tokens, N=problem.batch,
-        unscale=1 / stored.scale, TERMS=len(rows.terms),
-    )  # fmt: skip
-    grid, options = (pieces * heads,), {"num_warps": 4}
-    last = Launch(resident_slots_kernel, grid, whole, options)
-    if stored.segments == 1 or ends is None:
-        return [last]
-    return [
-        Launch(front_kernel, grid, dict(shared, p_totals=totals, AHEAD=3), options),
-        scan_launch(problem, NO_PIECES, ends, totals, grad_final, None, stored.segments, backward=True),
-        last,
-    ]
+    walk = Launch(resident_slots_kernel, (pieces * heads,), arguments, {"num_warps": 4})
+    if stored.segments == 1 and grad_final is None:
+        return [walk], None
+    behind = Behind(torch.empty_like(front, dtype=problem.dtype), rest, stored.blocks)
+    scan = scan_launch(
+        problem, NO_PIECES, front, totals, grad_final, None, stored.segments, backward=True, out=behind.ends
+    )
+    return [walk, scan], behind

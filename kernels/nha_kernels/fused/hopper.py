@@ -35,6 +35,7 @@ __all__ = [
     "store_async",
     "store_wait",
     "tile_layout",
+    "unknown_place",
     "warpgroup_mma",
     "warpgroup_mma_wait",
 ]
@@ -62,6 +63,16 @@ def barriers(size: gl.constexpr, count: gl.constexpr):
     for x in gl.static_range(size):
         mbarrier.init(s_barrier.index(x), count=count)
     return s_barrier
+
+
+@gluon.jit
+def unknown_place(place: gl.constexpr, turn, turns):
+    """`place`, which the compiler does not know, in each of so many turns.
+
+    Of operands of wgmma that always lie in one place it would keep all addresses, many more than it has registers for:
+    they would go to memory and come back between one wgmma and the next.
+    """
+    return place + gl.minimum(turns - turn, 0)
 
 
 @gluon.constexpr_function

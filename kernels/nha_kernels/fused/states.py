@@ -186,14 +186,15 @@ def segment_kernel(
 
 @triton.jit(do_not_specialize=["segments"])
 def scan_kernel(
-    layout, p_ends, p_totals, p_initial, p_final, segments,
+    layout, p_ends, p_totals, p_initial, p_final, p_out, segments,
     H: tl.constexpr, M: tl.constexpr, E: tl.constexpr, BM: tl.constexpr, BE: tl.constexpr, AHEAD: tl.constexpr,
     IS_EARLY: tl.constexpr, BACKWARD: tl.constexpr,
 ):  # fmt: skip
     """One sequence, one kv head, BM slots, BE columns: turn the segments' contributions into the slots before each.
     BACKWARD: from the last to the first, so that a segment gets what those behind it come to.
 
-    p_ends [segments, H, M, E] fp32, in place; p_initial, p_final [N, H, M, E] fp32 (either may be None).
+    p_ends [segments, H, M, E] fp32; p_out: likewise, of any dtype, or the same; p_initial, p_final [N, H, M, E] fp32
+    (either may be None).
     IS_EARLY: launched so, as is the kernel behind it.
     """
     if IS_EARLY:
@@ -223,10 +224,10 @@ def scan_kernel(
         step = H * M
     row = (first.to(tl.int64) * H + h) * M + m
     for _ in tl.range(0, count, num_stages=AHEAD):
-        p_end = p_ends + row[:, None] * E + e[None, :]  # [BM, BE]
-        b_end = tl.load(p_end, mask=m_state, other=0.0)
+        place = row[:, None] * E + e[None, :]  # [BM, BE]
+        b_end = tl.load(p_ends + place, mask=m_state, other=0.0)
         b_decay = tl.exp2(tl.load(p_totals + row, mask=m_slot, other=0.0))  # [BM]
-        tl.store(p_end, b_state, mask=m_state)
+        tl.store(p_out + place, b_state.to(p_out.dtype.element_ty), mask=m_state)
         b_state = b_state * b_decay[:, None] + b_end
         row += step
     if p_final is not None:
@@ -272,16 +273,18 @@ def state_launches(
 
 def scan_launch(
     problem: Problem, layout: Layout, ends: Tensor, totals: Tensor, initial: Tensor | None, final: Tensor | None,
-    segments: int, early: bool = False, backward: bool = False,
+    segments: int, early: bool = False, backward: bool = False, out: Tensor | None = None,
 ) -> Launch:  # fmt: skip
-    """The launch that turns ends [pieces, H, M, E] into the slots before each segment; arguments as `scan_kernel`'s."""
+    """The launch that turns ends [pieces, H, M, E] into the slots before each segment, in place or in `out`; arguments
+    as `scan_kernel`'s."""
     heads, slots, width = problem.kv_heads, problem.slots, problem.head_dim + problem.value_dim
     columns = min(128, triton.next_power_of_2(width))
     # Early programs keep away those of the next kernel, which need a whole processor: so few warps in all, each with
     # many segments under way.
     rows, warps, ahead = (8, 4, 8) if early else (1, 1, 4)
     arguments = dict(
-        layout=layout, p_ends=ends, p_totals=totals, p_initial=initial, p_final=final, segments=segments, H=heads,
+        layout=layout, p_ends=ends, p_totals=totals, p_initial=initial, p_final=final,
+        p_out=ends if out is None else out, segments=segments, H=heads,
         M=slots, E=width, BM=rows, BE=columns, AHEAD=ahead, IS_EARLY=early, BACKWARD=backward,
     )  # fmt: skip
     grid = (problem.sequences, heads, -(-slots // rows) * -(-width // columns))
