@@ -36,6 +36,12 @@ CASES: dict[str, Case] = {
     ),
     "rope, fp32 gates": replace(GROUPS, rope=True, tokens=200, gates_like_q=False, gates="mixed", kv_heads=2),
     "rope, shorter than the window": replace(GROUPS, rope=True, tokens=20),
+    "several segments": replace(GROUPS, tokens=330, window=16, group=2, kv_heads=2),
+    "several segments, a group of 5": replace(
+        GROUPS, tokens=300, batch=2, window=48, group=5, slots=40, gates_like_q=False
+    ),
+    "several segments, rope": replace(GROUPS, tokens=410, window=32, rope=True, mask=True),
+    "several segments, strong gates": replace(GROUPS, tokens=290, window=32, gates="strong"),
     "as long as the window": replace(GROUPS, tokens=64),
     "one token more": replace(GROUPS, tokens=65, mask=True),
     "shorter than the window": replace(GROUPS, tokens=20),
@@ -70,7 +76,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[Arguments
     from nha_kernels.fused.primitives import Launch
     from nha_kernels.fused.resident import ResidentConfig
 
-    def by(tiles: int = 4, **how: Any) -> Callable[[Arguments], tuple[Tensor, ...]]:
+    def by(tiles: int = 4, *, only_o: bool = False, **how: Any) -> Callable[[Arguments], tuple[Tensor, ...]]:
         monkeypatch.setattr(backward, "choose", lambda problem: ResidentRowsConfig(tiles))
         if not ON_GPU:
             from .gluon_on_cpu import run
@@ -80,6 +86,8 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[Arguments
         def served(args: Arguments) -> tuple[Tensor, ...]:
             problem = explain(**args, output_final_state=True, return_lse=True).problem
             result = forward.run(problem, inputs_of(args), ResidentConfig(tiles))
+            if only_o:
+                return (result.o,)
             assert result.lse is not None
             assert result.slot_k is not None
             assert result.slot_v is not None
@@ -91,10 +99,40 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[Arguments
 
 
 @emulated
-@pytest.mark.parametrize("name", ["a batch, a group of 7, few slots", "rope"])
-def test_one_segment_needs_nothing_from_behind_it(name: str, served: Any) -> None:
+@pytest.mark.parametrize("name", ["a batch, a group of 7, few slots", "rope", "several segments"])
+def test_of_o_alone(name: str, served: Any) -> None:
+    """Then nothing comes from behind the last segment, or from behind a single one."""
     args = make(CASES[name], torch.bfloat16)
-    assert_within_budget(args, gradients(args, served(16)))
+
+    def naive(args: Arguments) -> tuple[Tensor, ...]:
+        return everything("naive")(args)[:1]
+
+    reference = gradients(cast(args, torch.float64), naive)
+    assert_gradients(gradients(args, served(only_o=True)), reference, gradients(args, naive), torch.bfloat16)
+
+
+@emulated
+def test_tables_of_any_stride(served: Any) -> None:
+    args = make(CASES["rope"], torch.bfloat16)
+
+    def grad(rope: tuple[Tensor, Tensor]) -> tuple[Tensor, ...]:
+        q, k = (args[name].clone().requires_grad_() for name in "qk")
+        (o,) = served(only_o=True)({**args, "q": q, "k": k, "rope": rope})
+        return torch.autograd.grad(o.float().square().sum(), (q, k))
+
+    cos, sin = args["rope"]
+    half = cos.shape[1]
+    strided = grad((cos.repeat(1, 2)[:, :half], sin.repeat(1, 2)[:, :half]))
+    assert all(torch.equal(x, y) for x, y in zip(strided, grad((cos, sin)), strict=True))
+
+
+@emulated
+def test_tables_that_want_gradients_get_them(served: Any) -> None:
+    """From the other kernels."""
+    args = make(CASES["rope"], torch.bfloat16)
+    cos, sin = (table.clone().requires_grad_() for table in args["rope"])
+    (o,) = served(only_o=True)({**args, "rope": (cos, sin)})
+    assert all(x.any() for x in torch.autograd.grad(o.float().square().sum(), (cos, sin)))
 
 
 def assert_within_budget(args: Arguments, got: dict[str, Tensor]) -> None:
