@@ -161,8 +161,8 @@ class _Value:
     __index__ = lambda self: int(self.x)  # noqa: E731
     __getitem__ = lambda self, key: _Value(self.x[key])  # noqa: E731
 
-    def to(self, dtype: _Dtype) -> _Value:
-        return _Value(self.x.to(dtype.kind))
+    def to(self, dtype: _Dtype, bitcast: bool = False) -> _Value:
+        return _Value(self.x.view(dtype.kind) if bitcast else self.x.to(dtype.kind))
 
 
 class _Pointer:

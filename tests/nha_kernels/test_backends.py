@@ -79,8 +79,7 @@ CASES = {
     "everything, rope": Case(tokens=70, lengths=(33, 1, 36), past=(7, 0, 20), rope=True, strength=True, mask=True),
     "gates in the dtype of q": Case(gates_like_q=True),
 }
-# Triton takes seconds to compile each new kind of call, and its interpreter seconds for each call: the cases that
-# matter most to indexing and masks.
+# Triton takes seconds to compile each new kind of call: the cases that matter most to indexing and masks.
 FEW = {
     "one token, state", "length no block divides", "no window", "window over everything, overlap",
     "delay above the window", "masked, state", "80 slots", "group of 7", "other value size", "packed, rope, state",
@@ -184,7 +183,7 @@ def test_decode_for_any_shape(case: Case) -> None:
         judge(args).accept(decode(args))
 
 
-@pytest.mark.skipif(not ON_GPU, reason="many shapes take a GPU; the table of cases has the interpreter's")
+@pytest.mark.skipif(not ON_GPU, reason="many shapes take a GPU; the table of cases has the emulator's")
 @pytest.mark.parametrize("backend", backends(without=["naive", "chunked"]) if ON_GPU else ["triton"])
 def test_kernels_for_any_shape(backend: str) -> None:
     served = 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -30,7 +29,6 @@ from .helpers import (
     parts,
     precise,
     skip_unserved,
-    slow,
 )
 
 GATES = {
@@ -65,7 +63,7 @@ def table(*, needs_grad: bool) -> list[Any]:
 
 
 def inputs(name: str, backend: str, dtype: torch.dtype) -> Arguments:
-    args = make(replace(GATES[name], tokens=40) if slow(backend) else GATES[name], dtype)
+    args = make(GATES[name], dtype)
     skip_unserved(backend, args)
     return args
 

@@ -31,7 +31,7 @@ from .helpers import (
 )
 
 reason = limits.why_unavailable(DEVICE)
-pytestmark = pytest.mark.skipif(reason is not None, reason=str(reason))
+pytestmark = [pytest.mark.skipif(reason is not None, reason=str(reason)), pytest.mark.usefixtures("interpreted")]
 
 # Packed, with a state, tiles that straddle the chunks of stored states, more slots than a block.
 AWKWARD = Case(

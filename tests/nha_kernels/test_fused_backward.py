@@ -96,6 +96,7 @@ def judged(name: str) -> tuple[Arguments, dict[str, Tensor], dict[str, Tensor]]:
     return args, reference, gradients(args, everything("naive"))
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(
     ("name", "case"),
     # A call takes seconds to interpret: there each of the settings meets one of the cases.
@@ -172,6 +173,7 @@ def test_nothing_is_kept_but_inputs_and_lse(options: dict[str, Any]) -> None:
     assert [x.shape for x in copies] == [x.shape for x in args["initial_state"].tensors().values()]
 
 
+@pytest.mark.usefixtures("interpreted")  # the emulator holds on to what it was given
 def test_what_a_pass_no_longer_needs_is_let_go(monkeypatch: pytest.MonkeyPatch) -> None:
     """The slots' states, the weights on them and the terms are the largest buffers, and not for the last pass."""
     from nha_kernels.fused import backward

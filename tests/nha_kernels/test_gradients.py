@@ -36,7 +36,6 @@ from .helpers import (
     part,
     short,
     skip_unserved,
-    slow,
 )
 from .test_backends import cases
 
@@ -128,7 +127,6 @@ CASES = {
         tokens=70, lengths=(33, 1, 36), past=(7, 0, 20), given=True, strength=True, mask=True, scale=0.2
     ),
 }
-FEW = ("80 slots", "rope, state", "packed", "everything")  # where a call takes seconds
 REAL = {
     "Llama-3-8B": Case(tokens=500, window=64, kv_heads=8, group=4, head_dim=128, slots=64, rope=True),
     "Qwen2.5-7B": Case(tokens=400, lengths=(150, 1, 249), window=64, kv_heads=4, group=7, head_dim=128, slots=64),
@@ -147,9 +145,7 @@ def assert_gradients_of(args: Arguments, backend: str) -> None:
 def table() -> list[Any]:
     rows = []
     for param in backends_and_dtypes(without=["naive"], needs_grad=True):
-        backend, dtype = param.values
-        few = FEW if dtype == torch.float32 else FEW[-1:]
-        names = ["every case"] if param.marks else few if slow(backend) else CASES
+        names = ["every case"] if param.marks else CASES
         rows += [pytest.param(*param.values, name, id=f"{param.id}-{name}", marks=param.marks) for name in names]
     return rows
 

@@ -111,7 +111,7 @@ CUTS = ((1,), (25,), (1, 2, 3, 20), (7, 14, 21, 28, 35, 42, 49))
 def test_one_call_is_any_split(backend: str, name: str) -> None:
     args = inputs(STATE_CASES[name], backend)
     judged = judge(args)
-    for cuts in CUTS[2:3] if slow(backend) else CUTS:
+    for cuts in CUTS:
         judged.accept(in_pieces(args, cuts, lambda piece: call(piece, backend)), what=f"cut at {cuts}")
 
 
@@ -272,7 +272,7 @@ def test_a_token_changes_no_bit_of_the_rows_before_it(backend: str, gates: str) 
     args = inputs(case, backend)
     before = call(args, backend)
     every = range(1, tokens)
-    # In the interpreter: both sides of the boundaries of blocks.
+    # In the emulator: both sides of the boundaries of blocks.
     for j in (16, 31) if slow(backend) else every[:: 1 if not ON_GPU else 5]:
         for how in ("forget",) if slow(backend) else ("everything", "forget", "forget all", "keep"):
             after = call(changed(args, slice(j, j + 1), how), backend)
