@@ -1,4 +1,4 @@
-"""Where kernels run without a GPU: in the emulator of `gluon_on_cpu`, or in Triton's interpreter for tests that ask."""
+"""Where kernels run without a GPU: in the emulator of `emulator`, or in Triton's interpreter for tests that ask."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from .helpers import ON_GPU
 if not ON_GPU and why_unavailable("cpu") is None:
     from nha_kernels.fused.primitives import Launch
 
-    from .gluon_on_cpu import run
+    from .emulator import run
 
     by_interpreter = Launch.__call__
 

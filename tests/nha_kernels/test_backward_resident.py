@@ -79,7 +79,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[Arguments
     def by(tiles: int = 4, *, only_o: bool = False, **how: Any) -> Callable[[Arguments], tuple[Tensor, ...]]:
         monkeypatch.setattr(backward, "choose", lambda problem: ResidentRowsConfig(tiles))
         if not ON_GPU:
-            from .gluon_on_cpu import run
+            from .emulator import run
 
             monkeypatch.setattr(Launch, "__call__", lambda launch: run(launch, **how))
 

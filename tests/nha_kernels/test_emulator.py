@@ -46,7 +46,7 @@ def serve(args: Arguments, tiles: int, **how: Any) -> Output:
     from nha_kernels.fused.resident import ResidentConfig
     from nha_kernels.fused.resident_single import SingleConfig
 
-    from .gluon_on_cpu import run
+    from .emulator import run
 
     problem = explain(**args, output_final_state=True, return_lse=True).problem
     inputs = inputs_of(args)
@@ -153,7 +153,7 @@ def numbers() -> Tensor:
 
 
 def test_a_pipeline_is_right_in_any_order(numbers: Tensor) -> None:
-    from .gluon_on_cpu import run
+    from .emulator import run
 
     for seed in range(10):
         launch, o = copy_in_pieces(numbers)
@@ -162,7 +162,7 @@ def test_a_pipeline_is_right_in_any_order(numbers: Tensor) -> None:
 
 
 def test_what_is_overwritten_before_it_is_read_is_found(numbers: Tensor) -> None:
-    from .gluon_on_cpu import run
+    from .emulator import run
 
     found = 0
     for seed in range(10):
@@ -176,7 +176,7 @@ def test_what_is_overwritten_before_it_is_read_is_found(numbers: Tensor) -> None
 
 
 def test_a_deadlock_is_named(numbers: Tensor) -> None:
-    from .gluon_on_cpu import run
+    from .emulator import run
 
     launch, _ = copy_in_pieces(numbers, count=2)
     message = (
@@ -188,7 +188,7 @@ def test_a_deadlock_is_named(numbers: Tensor) -> None:
 
 
 def test_a_missing_fence_is_found(numbers: Tensor) -> None:
-    from .gluon_on_cpu import run
+    from .emulator import run
 
     launch, _ = copy_in_pieces(numbers, fence=False)
     with pytest.raises(RuntimeError, match=r"^no fence makes shared memory visible that was written by partition 0 "):
@@ -209,7 +209,7 @@ def test_a_product_keeps_what_it_reads_until_it_is_waited_for(left: int | None) 
     )
     from nha_kernels.fused.primitives import Launch
 
-    from .gluon_on_cpu import run
+    from .emulator import run
 
     @gluon.jit
     def kernel(p_o, LEFT: gl.constexpr):

@@ -17,16 +17,15 @@ what the compiler takes for a constant, exponents that a GPU's units flush to 0,
 from __future__ import annotations
 
 import math
-import operator
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import product
 from types import CellType, FunctionType, SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton.language as tl
@@ -36,6 +35,24 @@ from triton.runtime.jit import ConstexprFunction, JITFunction
 
 from nha_kernels.fused import hopper
 from nha_kernels.fused.primitives import Launch, start_next, wait_for_previous
+
+from .emulated_language import (
+    DTYPES,
+    EXACT,
+    PLAIN,
+    Dtype,
+    Pointer,
+    Product,
+    Region,
+    Value,
+    extent,
+    ints,
+    multiply,
+    nothing,
+    run_time_range,
+    scalar,
+    tensor,
+)
 
 
 def run(launch: Launch, *, seed: int = 0, exact: bool = False) -> None:
@@ -52,295 +69,18 @@ def run(launch: Launch, *, seed: int = 0, exact: bool = False) -> None:
         torch.set_num_threads(threads)
 
 
-# ---- What a kernel computes with ----
-
-
-class _Dtype(NamedTuple):
-    """kind: torch's, as values have it here."""
-
-    name: str
-    kind: torch.dtype
-    primitive_bitwidth: int
-
-
-_NAMES = ("float16", "bfloat16", "float32", "float64", "int8", "int16", "int32", "int64")
-_KINDS = {name: getattr(torch, name) for name in _NAMES} | {"int1": torch.bool}
-DTYPES = {kind: _Dtype(name, kind, 8 * kind.itemsize) for name, kind in _KINDS.items()}
-EXACT = _Dtype("bfloat16", torch.float32, 16)
-
-
-def _raw(x: Any) -> Any:
-    """A value's tensor; a number as it is."""
-    if isinstance(x, _Product):
-        raise RuntimeError("a product is used before it is waited for")
-    if not isinstance(x, (_Value, bool, int, float)):
-        raise TypeError(f"expected a value or a number, got {type(x).__name__}")
-    return x.x if isinstance(x, _Value) else x
-
-
-def _tensor(x: Any) -> Tensor:
-    """A value's tensor, or a number's as Triton makes it."""
-    x = _raw(x)
-    if isinstance(x, Tensor):
-        return x
-    small = isinstance(x, int) and -(2**31) <= x < 2**31
-    kind = torch.bool if isinstance(x, bool) else torch.int32 if small else torch.int64
-    return torch.tensor(x, dtype=torch.float32 if isinstance(x, float) else kind)
-
-
-def _scalar(x: int) -> _Value:
-    return _Value(torch.tensor(x, dtype=torch.int32))
-
-
-def _alike(*given: Any) -> tuple[Any, ...]:
-    """Tensors in the dtype that holds them all (of torch's own doing, one without dimensions would not count)."""
-    values = [_raw(x) for x in given]
-    kinds = [x.dtype for x in values if isinstance(x, Tensor)]
-    kind = kinds[0] if len(kinds) == 1 else torch.promote_types(*kinds)
-    return tuple(x.to(kind) if isinstance(x, Tensor) else x for x in values)
-
-
-def _number(x: Any) -> Any:
-    """Truth as 0 or 1."""
-    return x.int() if isinstance(x, Tensor) and x.dtype == torch.bool else int(x) if isinstance(x, bool) else x
-
-
-def _wide(x: Tensor) -> Tensor:
-    return x.float() if x.dtype == torch.bfloat16 else x
-
-
-def _ints(given: Any) -> list[int]:
-    """Of numbers, or of one sequence of them."""
-    return [int(x) for x in (given[0] if len(given) == 1 and isinstance(given[0], (tuple, list)) else given)]
-
-
-def _divide(a: Any, b: Any) -> Tensor:
-    return torch.div(*(x.float() if isinstance(x, Tensor) and x.itemsize < 4 else x for x in (a, b)))
-
-
-def _operators(cls: type) -> type:
-    """Python's operators, with C's division of integers."""
-
-    def add(name: str, function: Callable[..., Any], prepare: Callable[[Any], Any] = lambda x: x) -> None:
-        def straight(self: _Value, other: Any) -> Any:
-            if isinstance(other, _Pointer):
-                return NotImplemented
-            return _Value(function(*map(prepare, _alike(self, other))))
-
-        setattr(cls, f"__{name}__", straight)
-        setattr(cls, f"__r{name}__", lambda self, other: _Value(function(*map(prepare, _alike(other, self)))))
-
-    for name in ("add", "sub", "mul", "lshift", "rshift"):
-        add(name, getattr(operator, name), _number)
-    add("truediv", _divide, _number)
-    add("floordiv", lambda a, b: torch.div(a, b, rounding_mode="trunc"), _number)
-    add("mod", torch.fmod, _number)
-    for name in ("and", "or", "xor", "lt", "le", "gt", "ge", "eq", "ne"):
-        add(name, getattr(operator, f"__{name}__"))
-    return cls
-
-
-def _reshaping(method: str) -> Any:
-    return lambda self, *sizes: _Value(getattr(self.x, method)(*_ints(sizes)))
-
-
-@_operators
-class _Value:
-    """A block in registers, or a number that is known at run time only."""
-
-    def __init__(self, x: Tensor) -> None:
-        self.x = x
-
-    shape = property(lambda self: list(self.x.shape))
-    dtype = property(lambda self: DTYPES[self.x.dtype])
-    type = property(lambda self: SimpleNamespace(layout=None, shape=self.shape))
-    reshape, permute, broadcast_to = map(_reshaping, ("reshape", "permute", "expand"))
-    __neg__ = lambda self: _Value(-self.x)  # noqa: E731
-    __invert__ = lambda self: _Value(~self.x)  # noqa: E731
-    __bool__ = lambda self: bool(self.x)  # noqa: E731
-    __index__ = lambda self: int(self.x)  # noqa: E731
-    __getitem__ = lambda self, key: _Value(self.x[key])  # noqa: E731
-
-    def to(self, dtype: _Dtype, bitcast: bool = False) -> _Value:
-        return _Value(self.x.view(dtype.kind) if bitcast else self.x.to(dtype.kind))
-
-
-class _Pointer:
-    """Places in a tensor, counted in elements."""
-
-    def __init__(self, base: Tensor, offset: _Value) -> None:
-        self.base, self.offset = base, offset
-        self.dtype = self.type = SimpleNamespace(element_ty=DTYPES[base.dtype], primitive_bitwidth=64)
-
-    def __add__(self, other: Any) -> _Pointer:
-        return _Pointer(self.base, self.offset + other)
-
-    __radd__ = __add__
-
-    def __getitem__(self, key: Any) -> _Pointer:
-        return _Pointer(self.base, self.offset[key])
-
-    def places(self, mask: Any, x: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The tensor as it lies in memory; places there, whether they are meant, and x, all of one shape."""
-        flat = self.base.as_strided((_extent(self.base),), (1,))
-        offset, meant, other = torch.broadcast_tensors(self.offset.x.long(), _tensor(mask), _tensor(x))
-        wrong = meant & ((offset < 0) | (offset >= len(flat)))
-        if wrong.any():
-            raise IndexError(f"element {offset[wrong][0]} of a tensor {list(self.base.shape)}")
-        return flat, torch.where(meant, offset, 0), meant, other
-
-
-def _extent(x: Tensor) -> int:
-    """Elements from a tensor's first to its last in memory."""
-    return 1 + sum((size - 1) * x.stride(dim) for dim, size in enumerate(x.shape)) if x.numel() else 0
-
-
-@dataclass(eq=False)
-class _Product:
-    """Of wgmma, under way until `over`. reads: of shared memory."""
-
-    value: _Value
-    reads: list[_Region]
-    over: bool = False
-
-
-# ---- The language, where it needs no machine ----
-
-
-def _run_time_range(*bounds: Any, **hints: Any) -> Iterator[_Value]:
-    return map(_scalar, range(*map(int, bounds)))
-
-
-def _unary(function: Callable[[Tensor], Tensor]) -> Callable[[Any], _Value]:
-    return lambda x: _Value(function(_tensor(x)))
-
-
-def _chosen(function: Callable[[Tensor, Tensor], Tensor]) -> Callable[..., _Value]:
-    """maximum or minimum; of a number and NaN, the number."""
-    return lambda *given: _Value(function(*_alike(*(_Value(_wide(_tensor(x))) for x in given))))
-
-
-def _extreme(function: Callable[..., Tensor], least: float) -> Callable[..., _Value]:
-    """max or min; of numbers and NaN, a number."""
-
-    def reduce(x: _Value, axis: int | None = None) -> _Value:
-        dims = tuple(range(x.x.ndim)) if axis is None else (axis,)
-        if not x.x.is_floating_point():
-            return _Value(function(x.x, dims))
-        missing = x.x.isnan()
-        most = function(_wide(x.x).masked_fill(missing, least), dims)
-        return _Value(most.masked_fill(missing.all(dims), math.nan))
-
-    return reduce
-
-
-def _sum(x: _Value, axis: int | None = None) -> _Value:
-    wide = _wide(_number(x.x))
-    return _Value(wide.sum(axis, dtype=wide.dtype))
-
-
-def _fma(*terms: Any) -> _Value:
-    a, b, c = (_tensor(x).double() for x in terms)
-    return _Value((a * b + c).float())
-
-
-def _where(condition: Any, a: Any, b: Any) -> _Value:
-    if not isinstance(a, _Value) and not isinstance(b, _Value):
-        a = _Value(_tensor(a))
-    x, y = map(_number, _alike(a, b))
-    return _Value(torch.where(_tensor(condition), x, y))
-
-
-def _full(shape: Any, value: Any, dtype: _Dtype, layout: Any = None) -> _Value:
-    return _Value(_tensor(value).to(dtype.kind).expand(_ints([shape])).clone())
-
-
-def _associative_scan(given: Any, axis: int, combine: Callable[..., Any], reverse: bool = False) -> Any:
-    """Of a value or of a tuple of them."""
-    slices = [tuple(map(_Value, x)) for x in zip(*(_raw(x).unbind(axis) for x in _tuple(given)), strict=True)]
-    slices = slices[::-1] if reverse else slices
-    for i in range(1, len(slices)):
-        slices[i] = _tuple(combine(*slices[i - 1], *slices[i]))
-    slices = slices[::-1] if reverse else slices
-    scanned = tuple(_Value(torch.stack([_raw(x) for x in parts], axis)) for parts in zip(*slices, strict=True))
-    return scanned if isinstance(given, tuple) else scanned[0]
-
-
-def _tuple(x: Any) -> tuple[Any, ...]:
-    return x if isinstance(x, tuple) else (x,)
-
-
-def _write(pointer: _Pointer, value: Any, mask: Any, accumulate: bool) -> None:
-    flat, places, meant, x = pointer.places(True if mask is None else mask, value)
-    flat.index_put_((places[meant],), x[meant].to(flat.dtype), accumulate)
-
-
-def _multiply(a: Any, b: Any, acc: Any = None, use_acc: Any = True, **hints: Any) -> _Value:
-    left, right = _raw(a), _raw(b)
-    if left.dtype != right.dtype:
-        raise TypeError(f"a product of {left.dtype} and {right.dtype}")
-    result = left.float() @ right.float()
-    if acc is None:
-        return _Value(result)
-    if acc.x.shape != result.shape or acc.x.dtype != torch.float32:
-        raise TypeError(f"a product {list(result.shape)} added to {acc.shape} {acc.x.dtype}")
-    return _Value(acc.x + result if use_acc else result)
-
-
-def _same(x: Any, *hints: Any, **more: Any) -> Any:
-    return x
-
-
-def _nothing(*args: Any, **named: Any) -> None:
-    pass
-
-
-def _static_assert(condition: Any, message: str = "") -> None:
-    assert condition, message
-
-
-PLAIN: dict[str, Any] = dict(
-    constexpr=_same, convert_layout=lambda x, layout, assert_trivial=False: _Value(_tensor(x)), set_auto_layout=_same,
-    range=_run_time_range, static_range=range, static_assert=_static_assert, device_assert=_nothing,
-    barrier=_nothing, thread_barrier=_nothing, static_print=_nothing, multiple_of=_same, max_contiguous=_same,
-    arange=lambda start, end, layout=None: _Value(torch.arange(start, end, dtype=torch.int32)),
-    full=_full, full_like=lambda x, value: _full(x.shape, value, x.dtype),
-    zeros=lambda shape, dtype, layout=None: _full(shape, 0, dtype), zeros_like=lambda x: _full(x.shape, 0, x.dtype),
-    where=_where, fma=_fma, maximum=_chosen(torch.fmax), minimum=_chosen(torch.fmin),
-    **{name: _unary(getattr(torch, name)) for name in ("abs", "exp2", "exp", "log2", "log", "sqrt", "rsqrt")},
-    sum=_sum, max=_extreme(torch.amax, -math.inf), min=_extreme(torch.amin, math.inf), dot=_multiply,
-    cdiv=lambda a, b: (a + b - 1) // b,
-    associative_scan=_associative_scan, expand_dims=lambda x, axis: _Value(x.x.unsqueeze(axis)),
-    trans=lambda x: _Value(x.x.mT), split=lambda x: tuple(map(_Value, x.x.unbind(-1))),
-    join=lambda a, b: _Value(torch.stack(_alike(a, b), -1)), reshape=_Value.reshape, permute=_Value.permute,
-    broadcast_to=_Value.broadcast_to, store=lambda pointer, x, mask=None, **hints: _write(pointer, x, mask, False),
-    atomic_add=lambda pointer, x, mask=None, **hints: _write(pointer, x, mask, True),
-)  # fmt: skip
-
-
 # ---- Shared memory, barriers, the copy engine ----
-
-
-class _Region(NamedTuple):
-    """Elements low .. high of an allocation: where a view has gaps, also what lies in them."""
-
-    allocation: int
-    low: int
-    high: int
-
-    def meets(self, other: _Region) -> bool:
-        return self.allocation == other.allocation and self.low < other.high and other.low < self.high
 
 
 class _Shared:
     """A view of shared memory."""
 
-    def __init__(self, machine: _Machine, allocation: int, x: Tensor, dtype: _Dtype) -> None:
+    def __init__(self, machine: _Machine, allocation: int, x: Tensor, dtype: Dtype) -> None:
         self.machine, self.allocation, self.x, self.dtype = machine, allocation, x, dtype
         self.shape = list(x.shape)
         self.type = SimpleNamespace(shape=self.shape)
         low = int(x.storage_offset())
-        self.region = _Region(allocation, low, low + _extent(x))
+        self.region = Region(allocation, low, low + extent(x))
 
     def view(self, x: Tensor) -> _Shared:
         return _Shared(self.machine, self.allocation, x, self.dtype)
@@ -359,13 +99,13 @@ class _Shared:
     def permute(self, order: Sequence[int]) -> _Shared:
         return self.view(self.x.permute(*order))
 
-    def load(self, layout: Any = None) -> _Value:
+    def load(self, layout: Any = None) -> Value:
         self.machine.switch()
-        return _Value(self.x.clone())
+        return Value(self.x.clone())
 
     def store(self, value: Any) -> None:
         self.machine.switch()
-        x = _tensor(value)
+        x = tensor(value)
         if list(x.shape) != self.shape or x.dtype != self.x.dtype:
             raise ValueError(f"{list(x.shape)} {x.dtype} stored to shared memory {self.shape} {self.x.dtype}")
         self.machine.before_writing(self.region)
@@ -399,7 +139,7 @@ class _Copy:
     """What the copy engine has under way. target: in shared memory. speed: how often it is chosen to be finished."""
 
     move: Callable[[], None]
-    target: _Region | None
+    target: Region | None
     speed: float
 
 
@@ -437,8 +177,8 @@ class _Task:
     speed: float
     until: Callable[[], bool] | None = None
     waits: tuple[_Shared, int] | None = None
-    products: list[_Product] = field(default_factory=list)
-    stores: list[tuple[_Copy, _Region]] = field(default_factory=list)
+    products: list[Product] = field(default_factory=list)
+    stores: list[tuple[_Copy, Region]] = field(default_factory=list)
     turn: threading.Semaphore = field(default_factory=lambda: threading.Semaphore(0))
     thread: threading.Thread = field(default_factory=threading.Thread)
     result: Any = None
@@ -454,8 +194,8 @@ class _Machine:
         self.haste = chance.uniform(-2, 1)  # of the copy engine
         self.tasks: list[_Task] = []
         self.copies: list[_Copy] = []
-        self.barriers: dict[_Region, _Barrier] = {}
-        self.unfenced: set[tuple[_Region, _Task]] = set()
+        self.barriers: dict[Region, _Barrier] = {}
+        self.unfenced: set[tuple[Region, _Task]] = set()
         self.allocations = 0
         self.error: BaseException | None = None
         self.over = threading.Semaphore(0)
@@ -479,13 +219,13 @@ class _Machine:
     def argument(self, x: Any) -> Any:
         """A launch's argument, as a kernel sees it."""
         if isinstance(x, Tensor):
-            return _Pointer(x, _scalar(0))
+            return Pointer(x, scalar(0))
         if isinstance(x, hopper.TensorDescriptor):
             return _Descriptor(x, self.exact)
         if isinstance(x, tuple):
             parts = [self.argument(part) for part in x]
             return type(x)(*parts) if hasattr(x, "_fields") else tuple(parts)
-        return x if x is None else _Value(_tensor(x))
+        return x if x is None else Value(tensor(x))
 
     # A kernel's functions, with stand-ins for what they name.
 
@@ -503,7 +243,7 @@ class _Machine:
     def rebuild(self, function: Any) -> Callable[..., Any]:
         names = self.modules.get(id(function.__globals__))
         if names is None:
-            names = {name: self.stand_in(x) for name, x in function.__globals__.items()} | {"range": _run_time_range}
+            names = {name: self.stand_in(x) for name, x in function.__globals__.items()} | {"range": run_time_range}
             self.modules[id(function.__globals__)] = names
         cells = tuple(CellType(self.stand_in(cell.cell_contents)) for cell in function.__closure__ or ())
         defaults = tuple(self.stand_in(x) for x in function.__defaults__ or ())
@@ -585,7 +325,7 @@ class _Machine:
 
     # Shared memory and what is under way there.
 
-    def copy(self, move: Callable[[], None], target: _Region | None = None) -> _Copy:
+    def copy(self, move: Callable[[], None], target: Region | None = None) -> _Copy:
         self.copies.append(_Copy(move, target, 10 ** (self.haste + self.chance.uniform(-1.5, 1))))
         return self.copies[-1]
 
@@ -594,7 +334,7 @@ class _Machine:
             self.copies.remove(copy)
             copy.move()
 
-    def before_writing(self, region: _Region) -> None:
+    def before_writing(self, region: Region) -> None:
         for task in self.tasks:
             if any(region.meets(read) for x in task.products for read in x.reads):
                 raise RuntimeError(f"shared memory overwritten while a product reads it, of {task.name}")
@@ -603,7 +343,7 @@ class _Machine:
         if any(copy.target is not None and region.meets(copy.target) for copy in self.copies):
             raise RuntimeError("shared memory overwritten while a copy writes it")
 
-    def before_async_use(self, region: _Region) -> None:
+    def before_async_use(self, region: Region) -> None:
         for written, task in self.unfenced:
             if region.meets(written):
                 raise RuntimeError(f"no fence makes shared memory visible that was written by {task.name}")
@@ -641,20 +381,20 @@ def _stand_ins(machine: _Machine) -> dict[int, Any]:
     """By the id of what a kernel names, what stands in for it."""
     switch, exact = machine.switch, machine.exact
 
-    def load(pointer: _Pointer, mask: Any = None, other: Any = None, **hints: Any) -> _Value:
+    def load(pointer: Pointer, mask: Any = None, other: Any = None, **hints: Any) -> Value:
         kind = pointer.base.dtype
         kind = torch.float32 if exact and kind == torch.bfloat16 else kind
         unknown = math.nan if kind.is_floating_point else 99
         flat, places, meant, x = pointer.places(True if mask is None else mask, unknown if other is None else other)
         read = flat[places] if len(flat) else x
-        return _Value(torch.where(meant, read.to(kind), x.to(kind)))
+        return Value(torch.where(meant, read.to(kind), x.to(kind)))
 
     def poison(x: Tensor) -> Tensor:
         return x.fill_(math.nan if x.is_floating_point() else 99)
 
-    def allocate(dtype: _Dtype, shape: Sequence[int], layout: Any, value: Any = None) -> _Shared:
+    def allocate(dtype: Dtype, shape: Sequence[int], layout: Any, value: Any = None) -> _Shared:
         machine.allocations += 1
-        shared = _Shared(machine, machine.allocations, poison(torch.empty(_ints([shape]), dtype=dtype.kind)), dtype)
+        shared = _Shared(machine, machine.allocations, poison(torch.empty(ints([shape]), dtype=dtype.kind)), dtype)
         if value is not None:
             shared.store(value)
         return shared
@@ -701,7 +441,7 @@ def _stand_ins(machine: _Machine) -> dict[int, Any]:
         machine.before_writing(target.region)
         machine.before_async_use(barrier.region)
         poison(target.x)
-        first, state = _ints(at), machine.barriers[barrier.region]
+        first, state = ints(at), machine.barriers[barrier.region]
 
         def move() -> None:
             inside, part = source.common(first, target.x.zero_())
@@ -715,7 +455,7 @@ def _stand_ins(machine: _Machine) -> dict[int, Any]:
         if source.shape != target.block_shape or (source.dtype != target.dtype and not exact):
             raise TypeError(f"{source.shape} {source.dtype} stored to {target.block_shape} {target.dtype}")
         machine.before_async_use(source.region)
-        first = _ints(at)
+        first = ints(at)
 
         def move() -> None:
             inside, part = target.common(first, source.x)
@@ -735,13 +475,13 @@ def _stand_ins(machine: _Machine) -> dict[int, Any]:
 
     def warpgroup_mma(
         a: Any, b: _Shared, acc: Any, *, use_acc: Any = True, is_async: bool = False, **hints: Any
-    ) -> _Value | _Product:
+    ) -> Value | Product:
         switch()
         reads = [x.region for x in (a, b) if isinstance(x, _Shared)]
         for region in reads:
             machine.before_async_use(region)
-        left, right = (_Value(x.x) if isinstance(x, _Shared) else x for x in (a, b))
-        started = _Product(_multiply(left, right, acc.value if isinstance(acc, _Product) else acc, use_acc), reads)
+        left, right = (Value(x.x) if isinstance(x, _Shared) else x for x in (a, b))
+        started = Product(multiply(left, right, acc.value if isinstance(acc, Product) else acc, use_acc), reads)
         machine.current.products.append(started)
         return started if is_async else warpgroup_mma_wait(0, [started])
 
@@ -749,21 +489,21 @@ def _stand_ins(machine: _Machine) -> dict[int, Any]:
         """While some products are under way, some of `deps` may still be."""
         while len(machine.current.products) > num_outstanding:
             machine.current.products.pop(0).over = True
-        results = tuple(x.value if isinstance(x, _Product) and x.over else x for x in deps)
+        results = tuple(x.value if isinstance(x, Product) and x.over else x for x in deps)
         return results[0] if len(results) == 1 else results
 
     language = PLAIN | {dtype.name: dtype for dtype in DTYPES.values()} | ({"bfloat16": EXACT} if exact else {})
     language |= dict(
         load=load, allocate_shared_memory=allocate, warp_specialize=warp_specialize,
-        program_id=lambda axis: _scalar(machine.program[axis]),
-        num_programs=lambda axis: _scalar(machine.launch.grid[axis]),
+        program_id=lambda axis: scalar(machine.program[axis]),
+        num_programs=lambda axis: scalar(machine.launch.grid[axis]),
     )  # fmt: skip
     stand_ins = [
         (hopper.gl, _Names(hopper.gl, language)), (tl, _Names(tl, language)),
         (hopper.mbarrier, _Names(hopper.mbarrier, dict(init=init, expect=expect, arrive=arrive, wait=wait))),
-        (hopper.barrier, _nothing), (start_next, _nothing), (wait_for_previous, _nothing),
+        (hopper.barrier, nothing), (start_next, nothing), (wait_for_previous, nothing),
         (hopper.load_async, load_async), (hopper.store_async, store_async), (hopper.store_wait, store_wait),
         (hopper.fence_async_shared, fence), (hopper.warpgroup_mma, warpgroup_mma),
-        (hopper.warpgroup_mma_wait, warpgroup_mma_wait), (hopper.mma_v2, _multiply),
+        (hopper.warpgroup_mma_wait, warpgroup_mma_wait), (hopper.mma_v2, multiply),
     ]  # fmt: skip
     return {id(real): here for real, here in stand_ins}
