@@ -44,6 +44,9 @@ RESIDENT_BACKWARD = (
 SPILLED_RESIDENT_BACKWARD = {
     "ends_kernel": 0, "resident_rows_kernel": 400, "resident_slots_kernel": 500, "resident_window_kernel": 2200,
 }  # fmt: skip
+# And addresses of operands that are copied back between the wgmmas of a group, by Triton 3.6 to 3.8. Some forward
+# kernels that are right have a few too; whether these do harm is unknown.
+LATE_RESIDENT_BACKWARD = {"resident_rows_kernel": 40, "resident_slots_kernel": 60}
 # From 3.9 on Triton calls ptxas 13 for sm_90, for which these kernels need too many registers: right all the same, but
 # slow.
 FAST = tuple(map(int, triton.__version__.split(".")[:2])) < (3, 9)
@@ -129,6 +132,7 @@ def test_the_resident_backward_pass_compiles(name: str) -> None:
         if FAST:
             assert row["serialised"] == []
             assert row["spilled"] <= SPILLED_RESIDENT_BACKWARD[row["kernel"]], row
+            assert len(late_descriptors(sass)) <= LATE_RESIDENT_BACKWARD.get(row["kernel"], 0), row
 
 
 # fp32 has no wgmmas whose registers could be given away, and takes as much shared memory everywhere: sm_80 has least.

@@ -280,6 +280,8 @@ def resident_window_kernel(
 
     bf16: gl.constexpr = gl.bfloat16
     HALF: gl.constexpr = KEYS // 2
+    # So a half's keys, a tile's rows and the slots share layouts, and what comes after the tiles their places.
+    gl.static_assert(HALF == BM and HALF == TOKENS * HEADS)
     s_q = gl.allocate_shared_memory(bf16, [STAGES, 1, TOKENS, 1, HEADS, D], tile_layout(5))
     s_do = gl.allocate_shared_memory(bf16, [STAGES, 1, TOKENS, 1, HEADS, D], tile_layout(5))
     s_k = gl.allocate_shared_memory(bf16, [2, 1, HALF, 1, D], tile_layout(4))
