@@ -3,7 +3,7 @@
 Kept from the forward pass: its inputs and the log-sum-exp, and for the kernels for Hopper the slots before each of its
 segments; the slots every 16 tokens are computed anew.
 Deterministic: nothing is added up in an order that could change. With a rotary embedding the window's queries and keys
-are rotated once more, and their gradients back, by plain PyTorch.
+are rotated once more, and their gradients back, by plain PyTorch, where the kernels do not do so.
 """
 
 from __future__ import annotations

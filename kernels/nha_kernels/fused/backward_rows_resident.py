@@ -44,7 +44,7 @@ from .hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from .primitives import EARLY, LOG2E, Launch, wait_for_previous
+from .primitives import EARLY, LOG2E, Launch
 from .resident import (
     ANCHOR,
     HEADS,
@@ -52,24 +52,21 @@ from .resident import (
     TOKENS,
     ResidentConfig,
     Starts,
-    decays,
     describe_rows,
     describe_tokens,
     first_reason,
     rotate_partition,
     row_decay,
+    state_partition,
 )
 from .rotary import load_angles, query_angles, rotate
-from .segment_ends import BM, ends_launches, load_slots, strength
+from .segment_ends import BM, ends_launches
 
 RAISED = gl.constexpr(2.0**8)
 # R and G by whether there is a rotary embedding, and bytes of a gate: what shared memory has room for with heads of 128
 RINGS = {(False, 2): (8, 4), (False, 4): (7, 3), (True, 2): (6, 5), (True, 4): (6, 3)}
-
-
-SEGMENT = (
-    8  # blocks that a segment of `ResidentStates` is made of: as many tokens as a program of the window's keys has
-)
+# Blocks that a segment of `ResidentStates` is made of: as many tokens as a program of the window's keys has.
+SEGMENT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,64 +125,6 @@ def load_partition(
                 mbarrier.expect(q_full.index(0), 2 * TOKENS * HEADS * D * 2)
                 load_async(d_q, [n, t0 + i * TOKENS, h, part * HEADS, 0], q_full.index(0), s_q.index(0))
                 load_async(d_do, [n, t0 + i * TOKENS, h, part * HEADS, 0], q_full.index(0), s_do.index(0))
-
-
-@gluon.jit
-def state_partition(
-    d_states, p_before, s_leaving, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_strength, s_weight, kv_full,
-    g_full, leaving_full, slots_full, done, absorbed, h, tiles, segment, chunk, block, H,
-    M: gl.constexpr, D: gl.constexpr, R: gl.constexpr, G: gl.constexpr, L: gl.constexpr,
-):  # fmt: skip
-    """K~ and V~ [BM, D], both times 2^-A. p_before [segments, H, M, 2 D] fp32: at the segment's start; None: zero.
-    The slots before every other block b of the sequence, which are those of tile b - block, go to row chunk + b // 2
-    of d_states."""
-    acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
-    gates: gl.constexpr = gl.BlockedLayout([8, 1], [2, 16], [1, 4], [1, 0])  # [TOKENS, BM]
-    mbarrier.wait(g_full.index(0), 0)
-    b_g = s_g.index(0).reshape([TOKENS, BM]).load(gates)
-    b_factor, b_decay, b_weight, b_keep = decays(b_g, acc)
-    if p_before is not None:
-        wait_for_previous()  # not before: until here nothing depends on it
-    row = segment.to(gl.int64) * H + h
-    b_k = load_slots(p_before, row, 0, M, D, D, acc) * 2.0**-ANCHOR
-    b_v = load_slots(p_before, row, D, M, D, D, acc) * 2.0**-ANCHOR
-    for i in range(tiles):
-        if i >= 2:  # whoever used this stage last is done with it
-            mbarrier.wait(done.index((i - 2) % R), ((i - 2) // R) & 1)
-        store_wait(0)  # and so is the copy engine
-        barrier()
-        stage = i % 2
-        s_factor.index(stage).store(b_factor)
-        s_decay.index(stage).store(b_decay)
-        s_strength.index(stage).store(strength(b_g.to(gl.float32)))
-        s_weight.store(b_weight)
-        s_slot_k.index(stage).reshape([BM, D]).store(b_k.to(gl.bfloat16))
-        s_slot_v.index(stage).reshape([BM, D]).store(b_v.to(gl.bfloat16))
-        fence_async_shared()
-        barrier()
-        mbarrier.arrive(slots_full.index(stage), count=1)
-        if (block + i >= 0) & ((block + i) % 2 == 0):  # before the sequence there are none
-            store_async(d_states, [chunk + (block + i) // 2, h, 0, 0], s_slot_k.index(stage))
-            store_async(d_states, [chunk + (block + i) // 2, h, 0, D], s_slot_v.index(stage))
-
-        b_k = b_k * b_keep[:, None]
-        b_v = b_v * b_keep[:, None]
-        place = i % R
-        following = gl.minimum(i + 1, tiles - 1)
-        mbarrier.wait(g_full.index(following % G), (following // G) & 1)
-        mbarrier.wait(kv_full.index(place), (i // R) & 1)
-        if L < R:
-            mbarrier.wait(leaving_full.index(i % L), (i // L) & 1)
-        s_left = s_weight.permute((1, 0))  # [BM, TOKENS]
-        b_k = warpgroup_mma(s_left, s_leaving.index(i % L).reshape([TOKENS, D]), b_k, is_async=True)
-        b_v = warpgroup_mma(s_left, s_v.index(place).reshape([TOKENS, D]), b_v, is_async=True)
-        # Meanwhile, the next tile's decays.
-        b_g = s_g.index(following % G).reshape([TOKENS, BM]).load(gates)  # [TOKENS, BM]
-        b_factor, b_decay, b_weight, b_keep = decays(b_g, acc)
-        b_k, b_v = warpgroup_mma_wait(0, deps=[b_k, b_v])
-        barrier()  # all warps' products are over before s_weight is written anew
-        mbarrier.arrive(absorbed.index(place), count=1)
-    store_wait(0)
 
 
 @gluon.jit

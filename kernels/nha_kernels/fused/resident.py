@@ -243,15 +243,20 @@ def rotate_partition(
 
 @gluon.jit
 def state_partition(
-    p_before, s_leaving, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_weight, kv_full, g_full, leaving_full,
-    slots_full, done, absorbed, h, tiles, segment, H,
+    d_states, p_before, s_leaving, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_strength, s_weight, kv_full,
+    g_full, leaving_full, slots_full, done, absorbed, h, tiles, segment, chunk, block, H,
     M: gl.constexpr, D: gl.constexpr, R: gl.constexpr, G: gl.constexpr, L: gl.constexpr,
 ):  # fmt: skip
-    """K~ and V~ [BM, D], both times 2^-A. p_before [segments, H, M, 2 D] fp32: at the segment's start; None: zero."""
+    """K~ and V~ [BM, D], both times 2^-A. p_before [segments, H, M, 2 D] fp32: at the segment's start; None: zero.
+
+    For a backward pass, else None: s_strength is published too, and the slots before every other block b of the
+    sequence, which are those of tile b - block, go to row chunk + b // 2 of d_states.
+    """
     acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     gates: gl.constexpr = gl.BlockedLayout([8, 1], [2, 16], [1, 4], [1, 0])  # [TOKENS, BM]
     mbarrier.wait(g_full.index(0), 0)
-    b_factor, b_decay, b_weight, b_keep = decays(s_g.index(0).reshape([TOKENS, BM]).load(gates), acc)
+    b_g = s_g.index(0).reshape([TOKENS, BM]).load(gates)  # [TOKENS, BM]
+    b_factor, b_decay, b_weight, b_keep = decays(b_g, acc)
     if p_before is not None:
         wait_for_previous()  # not before: until here nothing depends on it
     row = segment.to(gl.int64) * H + h
@@ -260,15 +265,24 @@ def state_partition(
     for i in range(tiles):
         if i >= 2:  # whoever used this stage last is done with it
             mbarrier.wait(done.index((i - 2) % R), ((i - 2) // R) & 1)
+        if d_states is not None:
+            store_wait(0)  # and so is the copy engine
+            barrier()
         stage = i % 2
         s_factor.index(stage).store(b_factor)
         s_decay.index(stage).store(b_decay)
+        if s_strength is not None:
+            s_strength.index(stage).store(strength(b_g.to(gl.float32)))
         s_weight.store(b_weight)
-        s_slot_k.index(stage).store(b_k.to(gl.bfloat16))
-        s_slot_v.index(stage).store(b_v.to(gl.bfloat16))
+        s_slot_k.index(stage).reshape([BM, D]).store(b_k.to(gl.bfloat16))
+        s_slot_v.index(stage).reshape([BM, D]).store(b_v.to(gl.bfloat16))
         fence_async_shared()
         barrier()
         mbarrier.arrive(slots_full.index(stage), count=1)
+        if d_states is not None:
+            if (block + i >= 0) & ((block + i) % 2 == 0):  # before the sequence there are none
+                store_async(d_states, [chunk + (block + i) // 2, h, 0, 0], s_slot_k.index(stage))
+                store_async(d_states, [chunk + (block + i) // 2, h, 0, D], s_slot_v.index(stage))
 
         b_k = b_k * b_keep[:, None]
         b_v = b_v * b_keep[:, None]
@@ -287,6 +301,8 @@ def state_partition(
         b_k, b_v = warpgroup_mma_wait(0, deps=[b_k, b_v])
         barrier()  # all warps' products are over before s_weight is written anew
         mbarrier.arrive(absorbed.index(place), count=1)
+    if d_states is not None:
+        store_wait(0)
 
 
 @gluon.jit
@@ -504,8 +520,8 @@ def resident_kernel(
     gl.warp_specialize(
         [
             (state_partition, (
-                p_before, s_leaving, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, s_weight, kv_full, g_full,
-                leaving_full, slots_full, done, absorbed, h, tiles, segment, H, M, D, R, G, L,
+                None, p_before, s_leaving, s_v, s_g, s_slot_k, s_slot_v, s_factor, s_decay, None, s_weight, kv_full,
+                g_full, leaving_full, slots_full, done, absorbed, h, tiles, segment, None, None, H, M, D, R, G, L,
             )),
             (output_partition, (
                 d_o, p_lse, rope, s_q, s_k, s_v, s_leaving, s_slot_k, s_slot_v, s_factor, s_decay, s_o, q_full,
