@@ -77,7 +77,7 @@ def served(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Callable[[Arguments
     from nha_kernels.fused.resident import ResidentConfig
 
     def by(tiles: int = 4, *, only_o: bool = False, **how: Any) -> Callable[[Arguments], tuple[Tensor, ...]]:
-        monkeypatch.setattr(backward, "choose", lambda problem: ResidentRowsConfig(tiles))
+        monkeypatch.setattr(backward, "choose", lambda problem, processors: ResidentRowsConfig(tiles))
         if not ON_GPU:
             from .emulator import run
 
@@ -197,9 +197,22 @@ def test_the_same_bits_every_time(name: str, served: Any) -> None:
 
 @pytest.mark.parametrize("change", [*OTHERS.values(), {"slots": 20, "gate_dtype": torch.float32}, {"q_heads": 8}])
 def test_what_they_do_not_take(change: dict[str, Any]) -> None:
+    from nha_kernels.fused.backward import BackwardConfig, choose
     from nha_kernels.fused.backward_rows_resident import why_not_resident
 
     from .helpers import describe
 
-    assert why_not_resident(describe(**SERVED)) is None
-    assert why_not_resident(describe(**{**SERVED, **change})) is not None
+    problem = describe(**{**SERVED, **change})
+    assert why_not_resident(problem) is not None
+    assert isinstance(choose(problem, 132), BackwardConfig)
+
+
+def test_they_are_chosen_for_what_they_take() -> None:
+    from nha_kernels.fused.backward import choose
+    from nha_kernels.fused.backward_rows_resident import ResidentRowsConfig, why_not_resident
+
+    from .helpers import describe
+
+    problem = describe(**SERVED)
+    assert why_not_resident(problem) is None
+    assert isinstance(choose(problem, 132), ResidentRowsConfig)

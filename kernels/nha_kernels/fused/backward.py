@@ -25,10 +25,10 @@ from ..slots import final_slots, initial_slots
 from ..walk import refuse_second_order
 from .backward_resident import resident_passes
 from .backward_rows import BLOCK, RowsConfig, rows_launch
-from .backward_rows_resident import ResidentRowsConfig
+from .backward_rows_resident import ResidentRowsConfig, why_not_resident
 from .backward_slots import SlotsConfig, slots_launches
 from .backward_window import WindowConfig, window_launch
-from .primitives import Launch, Operands
+from .primitives import Launch, Operands, processors
 from .resident import Starts
 from .states import StatesConfig, state_launches
 
@@ -77,11 +77,10 @@ class BackwardConfig:
         )  # fmt: skip
 
 
-def choose(problem: Problem) -> BackwardConfig | ResidentRowsConfig:
-    """How the gradients of a call are found.
-
-    The kernels for Hopper of `backward_resident` are never chosen as yet: they have not been measured.
-    """
+def choose(problem: Problem, processors: int) -> BackwardConfig | ResidentRowsConfig:
+    """The kernels that find a call's gradients on a GPU with so many multiprocessors, and how they are launched."""
+    if why_not_resident(problem) is None:
+        return ResidentRowsConfig.default(problem, processors)
     return BackwardConfig.default(problem)
 
 
@@ -89,7 +88,7 @@ def _config(problem: Problem, inputs: Inputs) -> BackwardConfig | ResidentRowsCo
     """`choose`, but for gradients of a rotary embedding's tables, which not all kernels leave a way to."""
     if inputs.rope is not None and any(table.requires_grad for table in inputs.rope):
         return BackwardConfig.default(problem)
-    return choose(problem)
+    return choose(problem, processors(inputs.q.device))
 
 
 def passes(

@@ -289,11 +289,12 @@ def resident_window_kernel(
     keys_full = barriers(2, 1)
     rows_full = barriers(STAGES, 1)
     rows_empty = barriers(STAGES, 2)
-    s_g = None
-    s_sum = None
-    s_later = None
-    s_carry = None
-    carry_full = None
+    # Without E these are not used; they stand for what is not there.
+    s_g = s_k
+    s_sum = s_k
+    s_later = s_k
+    s_carry = s_k
+    carry_full = keys_full
     if d_ends is not None:
         GATE_BITS: gl.constexpr = d_g.dtype.primitive_bitwidth
         s_g = gl.allocate_shared_memory(d_g.dtype, [2, 1, HALF, 1, BM], tile_layout(4, GATE_BITS))

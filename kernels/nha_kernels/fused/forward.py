@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from itertools import product
 
 import torch
@@ -15,7 +15,7 @@ from ..slots import final_slots, initial_slots
 from .backward import run_differentiably
 from .limits import DTYPES
 from .output import OutputConfig, output_launch
-from .primitives import Launch, Operands
+from .primitives import Launch, Operands, processors
 from .resident import ResidentConfig, Starts, resident_launch, resident_launches, why_not_resident
 from .resident_single import SingleConfig, single_launch, why_not_single
 from .states import StatesConfig, state_launches
@@ -75,17 +75,12 @@ def _serve(
     problem: Problem, inputs: Inputs, config: ForwardConfig | ResidentConfig | None
 ) -> tuple[Result, Starts | None]:
     if config is None:
-        config = choose(problem, _processors(inputs.q.device))
+        config = choose(problem, processors(inputs.q.device))
     launches, result, starts = describe(problem, inputs, config)
     with torch.cuda.device(inputs.q.device) if problem.device == "cuda" else nullcontext():
         for launch in launches:
             launch()
     return result, starts
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def describe(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -190,6 +191,12 @@ def rotate(b_lower, b_upper, p_cos, p_sin, position, m_row, P, column, m_column,
     b_sin = tl.where(mask, tl.load(p_sin + offset, mask=mask, other=0.0).to(tl.float32), absent)
     b_x, b_y = b_lower.to(tl.float32), b_upper.to(tl.float32)
     return (b_x * b_cos - b_y * b_sin).to(b_lower.dtype), (b_y * b_cos + b_x * b_sin).to(b_lower.dtype)
+
+
+@cache
+def processors(device: torch.device) -> int:
+    """Multiprocessors of a GPU; 1 where kernels are emulated."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 @dataclass(frozen=True, slots=True)
