@@ -25,7 +25,7 @@ def resident_passes(
     q, k, v, g = (aligned(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g))
     rope = None if inputs.rope is None else (inputs.rope[0].contiguous(), inputs.rope[1].contiguous())
     inputs = replace(inputs, q=q, k=k, v=v, g=g, rope=rope)
-    launches, stored, rows = resident_rows_launches(problem, inputs, lse, grad_o, grad_lse, config, starts)
+    launches, stored, rows, queries = resident_rows_launches(problem, inputs, lse, grad_o, grad_lse, config, starts)
     while launches:
         yield launches.pop(0)
     k, v, g = (torch.empty_like(x) for x in (k, v, g))
@@ -34,5 +34,5 @@ def resident_passes(
     while launches:
         yield launches.pop(0)
     rows = replace(rows, weights=None, logits=None, terms=None)
-    yield resident_window_launch(problem, inputs, rows, stored, behind, grad_o, k, v, g)
+    yield resident_window_launch(problem, replace(inputs, q=queries), rows, stored, behind, grad_o, k, v, g)
     found |= dict(q=rows.q, k=k, v=v, g=g)

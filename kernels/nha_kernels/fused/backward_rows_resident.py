@@ -65,8 +65,6 @@ from .segment_ends import BM, ends_launches
 RAISED = gl.constexpr(2.0**8)
 # R and G by whether there is a rotary embedding, and bytes of a gate: what shared memory has room for with heads of 128
 RINGS = {(False, 2): (8, 4), (False, 4): (7, 3), (True, 2): (6, 5), (True, 4): (6, 3)}
-# Blocks that a segment of `ResidentStates` is made of: as many tokens as a program of the window's keys has.
-SEGMENT = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,11 +261,11 @@ def slots_partition(
 
 @gluon.jit
 def window_partition(
-    d_dq, p_lse, p_dlse, rope, s_q, s_do, s_k, s_v, s_leaving, s_slot_k, s_factor, s_sums, s_da, s_dq, q_full, q_empty,
-    keys_full, done, sums_full, staged_full, staged_empty, n, h, t0, tiles, T, HQ, scale,
+    d_dq, d_turned, p_lse, p_dlse, rope, s_q, s_do, s_k, s_v, s_leaving, s_slot_k, s_factor, s_sums, s_da, s_dq, q_full,
+    q_empty, keys_full, done, sums_full, staged_full, staged_empty, n, h, t0, tiles, T, HQ, scale,
     D: gl.constexpr, NG: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, L: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """The window's side of every tile, and the gradient of its q. Block i + x of the ring is the x-th that it meets."""
+    """The window's side of every tile, its q turned, and the gradient of q. Block i + x of the ring is the x-th that it meets."""
     ROWS: gl.constexpr = TOKENS * HEADS
     slots: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     keys: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16])
@@ -309,6 +307,12 @@ def window_partition(
         if rope is None:
             waited = warpgroup_mma_wait(0, deps=b_logits + b_values)
         else:
+            store_wait(0)  # of the last tile
+            barrier()
+            s_dq.reshape([ROWS, D]).store(query)
+            fence_async_shared()
+            barrier()
+            store_async(d_turned, [n, t0 + i * TOKENS, h, part * HEADS, 0], s_dq)
             waited = warpgroup_mma_wait(0, deps=b_logits + b_values + (query,))
         b_values = waited[WB + 1 : 2 * WB + 2]
         barrier()
@@ -351,7 +355,7 @@ def window_partition(
         b_w, b_dq = warpgroup_mma_wait(1, deps=(b_w, b_dq))
         b_w = gl.convert_layout(gl.where(m_upto, b_w, 0.0).to(bf16), left)
         b_dq = warpgroup_mma(b_w, s_leaving.index(i % L).reshape([TOKENS, D]), b_dq, is_async=True)
-        store_wait(0)  # of the last tile: its place is written anew below
+        store_wait(0)  # of what was here last
         b_dq = warpgroup_mma_wait(0, deps=(b_dq, b_w))[0]
         barrier()
         mbarrier.arrive(staged_empty.index(0), count=1)
@@ -366,12 +370,12 @@ def window_partition(
 
 @gluon.jit(do_not_specialize=["T", "N", "tiles", "segments", "chunks"])
 def resident_rows_kernel(
-    d_q, d_do, d_k, d_v, d_g, d_dq, d_p, d_da, d_states, p_before, p_lse, p_dlse, p_sums, p_delta, p_terms, rope,
+    d_q, d_do, d_k, d_v, d_g, d_dq, d_turned, d_p, d_da, d_states, p_before, p_lse, p_dlse, p_sums, p_delta, p_terms, rope,
     T, N, tiles, segments, chunks, scale,
     HQ: gl.constexpr, H: gl.constexpr, D: gl.constexpr, M: gl.constexpr, WB: gl.constexpr, R: gl.constexpr,
     G: gl.constexpr, MASK_EMPTY: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One segment of `tiles` tiles and one kv head. d_q, d_do, d_dq: [N, T, H, NG, D]; d_p, d_da: [N, T, H, NG, M];
+    """One segment of `tiles` tiles and one kv head. d_q, d_do, d_dq, d_turned: [N, T, H, NG, D]; d_p, d_da: [N, T, H, NG, M];
     d_k, d_v: [N, T, H, D]; d_g: [N, T, H, M]; d_states [N * chunks, H, M, 2 D]: `ResidentStates`; p_before and
     rope as in `resident`; the other pointers as in `RowGradients`."""
     NG: gl.constexpr = HQ // H
@@ -441,8 +445,8 @@ def resident_rows_kernel(
                 PARTS, MASK_EMPTY,
             )),
             (window_partition, (
-                d_dq, p_lse, p_dlse, rope, s_q, s_do, s_k, s_v, s_leaving, s_slot_k, s_factor, s_sums, s_da, s_dq,
-                q_full, q_empty, keys_full, done, sums_full, staged_full, staged_empty, n, h, t0, tiles, T, HQ, scale,
+                d_dq, d_turned, p_lse, p_dlse, rope, s_q, s_do, s_k, s_v, s_leaving, s_slot_k, s_factor, s_sums, s_da,
+                s_dq, q_full, q_empty, keys_full, done, sums_full, staged_full, staged_empty, n, h, t0, tiles, T, HQ, scale,
                 D, NG, WB, R, L, PARTS,
             )),
             (load_partition, (
@@ -468,8 +472,7 @@ class ResidentStates:
 
     @classmethod
     def empty(cls, problem: Problem, tiles: int, device: torch.device) -> ResidentStates:
-        """Room for them, in segments of so many blocks, or a few more."""
-        tiles = -(-tiles // SEGMENT) * SEGMENT
+        """Room for them, in segments of so many blocks."""
         segments = -(-max(1, problem.tokens - problem.delay) // (tiles * TOKENS.value))
         slots = (problem.kv_heads, problem.slots, 2 * problem.head_dim)
         states = torch.empty(problem.batch * segments * tiles // 2, *slots, dtype=problem.dtype, device=device)
@@ -483,8 +486,9 @@ class ResidentStates:
 def resident_rows_launches(
     problem: Problem, inputs: Inputs, lse: Tensor, grad_o: Tensor, grad_lse: Tensor | None, config: ResidentRowsConfig,
     starts: Starts | None,
-) -> tuple[list[Launch], ResidentStates, RowGradients]:  # fmt: skip
-    """The launches in order, and what they fill. starts: of the forward pass, whose segments these then are; None:
+) -> tuple[list[Launch], ResidentStates, RowGradients, Tensor]:  # fmt: skip
+    """The launches in order, and what they fill, the last of it q as the window meets it: turned, if there is a rotary
+    embedding. starts: of the forward pass, whose segments these then are; None:
     found anew."""
     batch, tokens, heads = problem.batch, problem.tokens, problem.kv_heads
     k, v, g = inputs.k, inputs.v, inputs.g
@@ -493,6 +497,7 @@ def resident_rows_launches(
     segments = -(-tokens // config.tokens)
     stored = ResidentStates.empty(problem, config.tiles, k.device)
     rows = empty_rows(problem, -(-problem.group // HEADS.value), k.device, apart=False)
+    turned = None if inputs.rope is None else torch.empty_like(inputs.q)
     launches: list[Launch] = []
     if starts is None:
         launches, before = ends_launches(problem, k, v, g, config.tokens, None)
@@ -503,6 +508,7 @@ def resident_rows_launches(
     arguments = dict(
         d_q=describe_rows(problem, inputs.q), d_do=describe_rows(problem, grad_o), d_k=describe_tokens(k),
         d_v=describe_tokens(v), d_g=describe_tokens(g), d_dq=describe_rows(problem, rows.q),
+        d_turned=None if turned is None else describe_rows(problem, turned),
         d_p=describe_rows(problem, rows.weights), d_da=describe_rows(problem, rows.logits),
         d_states=stored.descriptor(), p_before=before, p_lse=lse, p_dlse=grad_lse, p_sums=rows.lse,
         p_delta=rows.delta, p_terms=rows.terms, rope=inputs.rope, T=tokens, N=batch, tiles=config.tiles,
@@ -512,4 +518,4 @@ def resident_rows_launches(
     )  # fmt: skip
     options = {"num_warps": 4, **(EARLY if launches else {})}
     launches.append(Launch(resident_rows_kernel, (batch * segments * heads,), arguments, options))
-    return launches, stored, rows
+    return launches, stored, rows, inputs.q if turned is None else turned
