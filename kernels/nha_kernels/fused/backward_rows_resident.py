@@ -72,7 +72,7 @@ class ResidentRowsConfig(ResidentConfig):
     """How this kernel is launched. registers: of a thread of the slots' partition."""
 
     REGISTERS: ClassVar[Mapping[tuple[int, bool], int]] = {
-        (64, False): 168, (128, False): 168, (64, True): 160, (128, True): 160,
+        (64, False): 160, (128, False): 160, (64, True): 152, (128, True): 152,
     }  # fmt: skip
 
 
@@ -135,9 +135,10 @@ def tile_rows(n, h, t, part, T, HQ, NG: gl.constexpr, layout: gl.constexpr):
 
 
 @gluon.jit
-def load_lse(p_lse, row, m_row):
-    """In log2; infinite for rows that attend to nothing."""
+def load_lse(p_lse, n, h, t0, turn, T, HQ, NG: gl.constexpr, PARTS: gl.constexpr, layout: gl.constexpr):
+    """Of a turn's rows, in log2; infinite for those that attend to nothing."""
     inf: gl.constexpr = float("inf")
+    row, m_row = tile_rows(n, h, t0 + turn // PARTS * TOKENS, turn % PARTS, T, HQ, NG, layout)
     b_lse = gl.load(p_lse + row, mask=m_row, other=inf) * LOG2E
     return gl.where(b_lse == -inf, inf, b_lse)
 
@@ -181,6 +182,7 @@ def slots_partition(
     m = gl.arange(0, BM, layout=gl.SliceLayout(0, slots))
     b_none = gl.zeros([ROWS, TOKENS], gl.float32, keys)
     b_nothing = gl.zeros([ROWS, BM], gl.float32, slots)
+    b_lse = load_lse(p_lse, n, h, t0, 0, T, HQ, NG, PARTS, of_slots)
 
     for turn in range(tiles * PARTS):
         i = turn // PARTS
@@ -190,7 +192,6 @@ def slots_partition(
         s_query = s_q.index(only).reshape([ROWS, D])
         s_out = s_do.index(only).reshape([ROWS, D])
         row, m_row = tile_rows(n, h, t0 + i * TOKENS, part, T, HQ, NG, of_slots)
-        b_lse = load_lse(p_lse, row, m_row)
         mbarrier.wait(kv_full.index(i % R), (i // R) & 1)
         if L < R:
             mbarrier.wait(leaving_full.index(i % L), (i // L) & 1)
@@ -225,17 +226,21 @@ def slots_partition(
             b_p = gl.where((m < M)[None, :], b_p, 0.0)
         if MASK_EMPTY:
             b_p = gl.where(t0 + (i - WB) * TOKENS < 0, 0.0, b_p)
-        b_all = b_value + b_strength * b_own_value
+        b_delta = gl.sum(b_p * (b_value + b_strength * b_own_value), 1)
         # Also lest the window's partition miss a turn of the sums: it is done with the last tile.
         mbarrier.wait(staged_empty.index(0), (turn & 1) ^ 1)
-        b_inverse, b_delta = share_sums(s_sums, sums_full, turn, gl.sum(b_p, 1), gl.sum(b_p * b_all, 1), 0)
+        b_inverse, b_delta = share_sums(s_sums, sums_full, turn, gl.sum(b_p, 1), b_delta, 0)
 
         gl.store(p_sums + row, b_lse - gl.log2(b_inverse), mask=m_row)
+        b_lse = load_lse(p_lse, n, h, t0, turn + 1, T, HQ, NG, PARTS, of_slots)  # long before it is needed
         if p_dlse is not None:
             b_delta -= gl.load(p_dlse + row, mask=m_row, other=0.0)
         gl.store(p_delta + row, b_delta, mask=m_row)
+        # Read anew: registers do not hold them all this while.
+        b_decay = row_decay(s_decay.index(stage), slots)
+        b_strength = row_decay(s_strength.index(stage), slots)
         b_p = b_p * b_inverse[:, None]
-        b_da = b_p * (b_all - b_delta[:, None])
+        b_da = b_p * (b_value + b_strength * b_own_value - b_delta[:, None])
         b_terms = gl.sum((b_da * b_logit + b_p * b_value).reshape([TOKENS, HEADS, BM]), 1)  # [TOKENS, BM]
         terms: gl.constexpr = b_terms.type.layout
         t = t0 + i * TOKENS + gl.arange(0, TOKENS, layout=gl.SliceLayout(1, terms))
@@ -280,6 +285,7 @@ def window_partition(
     b_none = gl.zeros([ROWS, TOKENS], gl.float32, keys)
     for x in gl.static_range(WB):
         mbarrier.wait(keys_full.index(x), 0)
+    b_lse = load_lse(p_lse, n, h, t0, 0, T, HQ, NG, PARTS, of_keys)
 
     for turn in range(tiles * PARTS):
         i = turn // PARTS
@@ -289,7 +295,6 @@ def window_partition(
         s_query = s_q.index(only).reshape([ROWS, D])
         s_out = s_do.index(only).reshape([ROWS, D])
         row, m_row = tile_rows(n, h, t0 + i * TOKENS, part, T, HQ, NG, of_keys)
-        b_lse = load_lse(p_lse, row, m_row)
         mbarrier.wait(keys_full.index((i + WB) % R), ((i + WB) // R) & 1)
         mbarrier.wait(q_full.index(0), turn & 1)
         if rope is None:
@@ -330,6 +335,7 @@ def window_partition(
             b_p = b_p + (b_x,)
             b_sum = b_sum + b_x
             b_delta = b_delta + b_x * b_values[x]
+        b_lse = load_lse(p_lse, n, h, t0, turn + 1, T, HQ, NG, PARTS, of_keys)  # long before it is needed
         b_inverse, b_delta = share_sums(s_sums, sums_full, turn, gl.sum(b_sum, 1), gl.sum(b_delta, 1), 1)
         if p_dlse is not None:
             b_delta -= gl.load(p_dlse + row, mask=m_row, other=0.0)
@@ -426,7 +432,7 @@ def resident_rows_kernel(
         s_leaving = gl.allocate_shared_memory(bf16, [L, 1, TOKENS, 1, D], tile_layout(4))
         leaving_full = barriers(L, 1)
         keys_full = barriers(R, 1)
-    WINDOW: gl.constexpr = 144 if ROPE else 152  # registers of a thread
+    WINDOW: gl.constexpr = 152  # registers of a thread
     HELPER: gl.constexpr = 40 if ROPE else 24
     fence_async_shared()
     barrier()

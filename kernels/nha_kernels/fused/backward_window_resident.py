@@ -108,7 +108,7 @@ def load_partition(
 
 @gluon.jit
 def meet_behind(
-    p_g, p_dg, p_rest, s_key, s_value, s_state_k, s_state_v, s_end_k, s_end_v, s_sum, mask, m_slot, unscale,
+    p_g, p_dg, p_rest, s_key, s_value, s_state_k, s_state_v, s_end_k, s_end_v, s_sum, mask, m_slot, tiles, unscale,
     square: gl.constexpr, acc: gl.constexpr,
 ):  # fmt: skip
     """Adds to the gradients of the tokens' gates in memory, p_dg, what they get by way of E, s_end_k and s_end_v
@@ -126,7 +126,9 @@ def meet_behind(
     b_begin += gl.sum(s_state_v.load(acc).to(gl.float32) * unscale * s_end_v.load(acc).to(gl.float32), 1)
     b_begin = gl.convert_layout(b_begin, gl.SliceLayout(0, square))
     b_meet = warpgroup_mma_wait(0, deps=(b_meet,))
-    i = gl.arange(0, KEYS, layout=gl.SliceLayout(1, left))[:, None]
+    # Plus 0, which the compiler does not know: ptxas 12.8 was seen to leave out the parts of a left operand that are
+    # constants.
+    i = tiles // 64 + gl.arange(0, KEYS, layout=gl.SliceLayout(1, left))[:, None]
     j = gl.arange(0, KEYS, layout=gl.SliceLayout(0, left))[None, :]
     b_decay = gl.exp2(add_up(b_g, s_sum, (j > i).to(bf16), TERMS) * LOG2E + b_rest[None, :])
     b_strength = strength(b_g)
@@ -173,7 +175,7 @@ def keys_partition(
             b_left = meet_behind(
                 p_g + place, p_dg + place, p_rest + rest * M + m, s_key, s_value, s_q.index(0).reshape([BM, D]),
                 s_do.index(0).reshape([BM, D]), s_end_k, s_end_v, s_sum, (key < entered)[:, None] & (m < M)[None, :],
-                m < M, unscale, square, acc,
+                m < M, tiles, unscale, square, acc,
             )  # fmt: skip
             b_dk = warpgroup_mma(b_left, s_end_k, b_dk, is_async=True)
             b_dv = warpgroup_mma(b_left, s_end_v, b_dv, is_async=True)
