@@ -8,11 +8,13 @@ left to the pass over the window's keys, which has keys and values at hand.
 A program takes one segment and one kv head; a step is a block of 16 slot tokens e and the rows t = e + delay that met
 it last. Its warps divide the work:
 
-    load     rows (q, do, and the slots' weights and gradients of logits), tokens (k, v, gates), and the stored slots
+    load     rows (q, do, and the slots' weights and gradients of logits), tokens (k, v, gates, and what the rows found
+             for the gates' gradient), and the stored slots
     slots    holds A, the gradient of K~ and V~ behind the block, in fp32 registers. Publishes it in bf16, meets the
              stored slots with it, and adds the block's rows
     keys     for the block's tokens, all that goes by way of K~: the gradient of k, and its share of the gates'
-    values   the same for V~ and v; its share of the gates' gradient goes to `keys`, which writes the whole
+    values   the same for V~ and v; to its share of the gates' gradient it adds all that is of neither, and hands that
+             to `keys`, which writes the whole
 
 Products have the slots, the rows or the columns of k and v for their 64 rows, and the tokens for their 16 columns.
 Decays are those of `backward_slots` with the one anchor.
@@ -86,36 +88,45 @@ def leaving(b_g):
 
 @gluon.jit
 def load_partition(
-    d_q, d_do, d_da, d_p, d_k, d_v, d_g, d_states, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state_k, s_state_v,
-    rows_full, rows_empty, tokens_full, tokens_empty, state_full, state_empty, n, h, e0, delay, chunk, blocks,
-    D: gl.constexpr, PARTS: gl.constexpr,
+    d_q, d_do, d_da, d_p, d_k, d_v, d_g, d_states, d_terms, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state_k, s_state_v,
+    s_terms, rows_full, rows_empty, tokens_full, tokens_empty, state_full, state_empty, terms_full, terms_empty,
+    n, h, e0, delay, chunk, blocks, N,
+    D: gl.constexpr, PARTS: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
     """What lies outside of the call, or behind the last token that enters the slots, reads as 0."""
     GATE_BYTES: gl.constexpr = d_g.dtype.primitive_bitwidth // 8
-    for step in range(blocks):
-        block = blocks - 1 - step
-        e = e0 + block * TOKENS
-        stage = step % STAGES
-        mbarrier.wait(tokens_empty.index(stage), ((step // STAGES) & 1) ^ 1)
-        mbarrier.expect(tokens_full.index(stage), TOKENS * (2 * D * 2 + BM * GATE_BYTES))
-        load_async(d_g, [n, e, h, 0], tokens_full.index(stage), s_g.index(stage))
-        load_async(d_k, [n, e, h, 0], tokens_full.index(stage), s_k.index(stage))
-        load_async(d_v, [n, e, h, 0], tokens_full.index(stage), s_v.index(stage))
-        for part in gl.static_range(PARTS):
-            turn = step * PARTS + part
-            place = turn % STAGES
-            t = e + delay
-            mbarrier.wait(rows_empty.index(place), ((turn // STAGES) & 1) ^ 1)
-            mbarrier.expect(rows_full.index(place), 2 * TOKENS * HEADS * (D + BM) * 2)
-            load_async(d_q, [n, t, h, part * HEADS, 0], rows_full.index(place), s_q.index(place))
-            load_async(d_do, [n, t, h, part * HEADS, 0], rows_full.index(place), s_do.index(place))
-            load_async(d_da, [n, t, h, part * HEADS, 0], rows_full.index(place), s_da.index(place))
-            load_async(d_p, [n, t, h, part * HEADS, 0], rows_full.index(place), s_p.index(place))
-        if (step == 0) | (block % 2 == 1):
-            mbarrier.wait(state_empty.index(0), (pair_turn(step, blocks) & 1) ^ 1)
-            mbarrier.expect(state_full.index(0), 2 * BM * D * 2)
-            load_async(d_states, [chunk + block // 2, h, 0, 0], state_full.index(0), s_state_k)
-            load_async(d_states, [chunk + block // 2, h, 0, D], state_full.index(0), s_state_v)
+    for step in range(blocks + 1):
+        if step < blocks:
+            block = blocks - 1 - step
+            e = e0 + block * TOKENS
+            stage = step % STAGES
+            mbarrier.wait(tokens_empty.index(stage), ((step // STAGES) & 1) ^ 1)
+            mbarrier.expect(tokens_full.index(stage), TOKENS * (2 * D * 2 + BM * GATE_BYTES))
+            load_async(d_g, [n, e, h, 0], tokens_full.index(stage), s_g.index(stage))
+            load_async(d_k, [n, e, h, 0], tokens_full.index(stage), s_k.index(stage))
+            load_async(d_v, [n, e, h, 0], tokens_full.index(stage), s_v.index(stage))
+            for part in gl.static_range(PARTS):
+                turn = step * PARTS + part
+                place = turn % STAGES
+                t = e + delay
+                mbarrier.wait(rows_empty.index(place), ((turn // STAGES) & 1) ^ 1)
+                mbarrier.expect(rows_full.index(place), 2 * TOKENS * HEADS * (D + BM) * 2)
+                load_async(d_q, [n, t, h, part * HEADS, 0], rows_full.index(place), s_q.index(place))
+                load_async(d_do, [n, t, h, part * HEADS, 0], rows_full.index(place), s_do.index(place))
+                load_async(d_da, [n, t, h, part * HEADS, 0], rows_full.index(place), s_da.index(place))
+                load_async(d_p, [n, t, h, part * HEADS, 0], rows_full.index(place), s_p.index(place))
+            if (step == 0) | (block % 2 == 1):
+                mbarrier.wait(state_empty.index(0), (pair_turn(step, blocks) & 1) ^ 1)
+                mbarrier.expect(state_full.index(0), 2 * BM * D * 2)
+                load_async(d_states, [chunk + block // 2, h, 0, 0], state_full.index(0), s_state_k)
+                load_async(d_states, [chunk + block // 2, h, 0, D], state_full.index(0), s_state_v)
+        if step > 0:
+            # Those of the step before: of all places theirs is the last to be free, and they are needed last.
+            t = e0 + (blocks - step) * TOKENS + delay
+            mbarrier.wait(terms_empty.index(0), step & 1)
+            mbarrier.expect(terms_full.index(0), TERMS * TOKENS * BM * 4)
+            for term in gl.static_range(TERMS):
+                load_async(d_terms, [term * N + n, t, h, 0], terms_full.index(0), s_terms.index(term))
 
 
 @gluon.jit
@@ -203,12 +214,14 @@ def slots_partition(
 
 @gluon.jit
 def tokens_partition(
-    d_dx, p_dg, p_terms, s_x, s_y, s_p, s_g, s_a, s_beyond, s_share, s_dx, s_written, s_left, s_later, s_own, s_w,
-    rows_full, rows_empty, tokens_full, tokens_empty, a_full, a_empty, beyond_full, share_full, share_empty,
-    n, h, e0, entered, delay, blocks, T, N, H,
+    d_dx, p_dg, s_x, s_y, s_p, s_g, s_a, s_beyond, s_terms, s_dx, s_written, s_left, s_later, s_own, s_w,
+    rows_full, rows_empty, tokens_full, tokens_empty, a_full, a_empty, beyond_full, terms_full, terms_empty,
+    share_full, n, h, e0, entered, blocks, T, H,
     IS_K: gl.constexpr, TERMS: gl.constexpr, M: gl.constexpr, D: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """The gradient of x, d_dx [N, entered, H, D], and of the gates, p_dg [N, T, H, M]."""
+    """The gradient of x, d_dx [N, entered, H, D], and of the gates, p_dg [N, T, H, M].
+
+    What `values` hands to `keys` lies where the first of the terms was."""
     ROWS: gl.constexpr = TOKENS * HEADS
     tokens: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16])
     gates: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])  # [BM, TOKENS], where sums run over tokens
@@ -224,15 +237,7 @@ def tokens_partition(
     b_zero = gl.zeros([D, TOKENS], gl.float32, tokens)
     for step in range(blocks):
         stage = step % STAGES
-        e = e0 + (blocks - 1 - step) * TOKENS + u
         mine = unknown_place(0 if IS_K else 1, step, blocks)
-        b_rows = gl.zeros([BM, TOKENS], gl.float32, gates)
-        if IS_K:
-            m_term = m_slot & (e + delay < T)[None, :]
-            for share in gl.static_range(TERMS):
-                p_term = p_terms + ((share * N + n).to(gl.int64) * T + e + delay)[None, :] * (H * M)
-                b_rows = b_rows + gl.load(p_term + (h * M + m)[:, None], mask=m_term, other=0.0)
-
         mbarrier.wait(tokens_full.index(stage), (step // STAGES) & 1)
         b_g = s_g.index(stage).reshape([TOKENS, BM]).permute((1, 0)).load(gates).to(gl.float32)  # [BM, TOKENS]
         b_strength = strength(b_g)
@@ -270,6 +275,7 @@ def tokens_partition(
             s_w.index(mine).store(gl.where(m_upto, b_w, 0.0).to(bf16))
             fence_async_shared()
             barrier()
+            mbarrier.arrive(tokens_empty.index(stage), count=1, pred=part + 1 == PARTS)  # of no more use
             b_later = warpgroup_mma(s_weight.permute((1, 0)), s_later.index(mine), b_later, is_async=True)
             b_own = warpgroup_mma(s_weight.permute((1, 0)), s_own.index(mine), b_own, is_async=True)
             b_dx = warpgroup_mma(s_row.permute((1, 0)), s_w.index(mine), b_dx, is_async=True)
@@ -287,22 +293,29 @@ def tokens_partition(
         b_later = gl.convert_layout(b_later, gates)
         b_own = gl.convert_layout(b_own, gates)
         b_tokens, _ = gl.associative_scan((gl.full_like(b_behind, 0.0), b_strength * b_behind), 1, add_before)
-        b_rows = gl.associative_scan(b_rows - b_later * b_written.to(gl.float32), 1, add, reverse=True)
+        b_rows = -b_later * b_written.to(gl.float32)
+        if not IS_K:
+            mbarrier.wait(terms_full.index(0), step & 1)
+            for term in gl.static_range(TERMS):
+                b_rows += s_terms.index(term).reshape([TOKENS, BM]).permute((1, 0)).load(gates)
+        b_rows = gl.associative_scan(b_rows, 1, add, reverse=True)
         b_dg = b_rows * gl.exp2((b_g - b_cut) * LOG2E) + b_tokens
         b_dg -= (b_behind + (b_later + b_own) * b_token) * gl.exp2(b_g * LOG2E)
-        mbarrier.arrive(tokens_empty.index(stage), count=1)
+        s_share = s_terms.index(0).reshape([TOKENS, BM]).permute((1, 0))
         if IS_K:
-            mbarrier.wait(beyond_full.index(step % 2), (step // 2) & 1)
-            b_dg += s_beyond.index(step % 2).load(gl.SliceLayout(1, gates))[:, None]
             mbarrier.wait(share_full.index(0), step & 1)
             b_dg += s_share.load(gates)
+            fence_async_shared()  # the copy engine is next to write there
             barrier()
-            mbarrier.arrive(share_empty.index(0), count=1)
+            mbarrier.arrive(terms_empty.index(0), count=1)
+            e = e0 + (blocks - 1 - step) * TOKENS + u
             p_token = p_dg + ((n.to(gl.int64) * T + e) * H + h)[None, :] * M + m[:, None]
             gl.store(p_token, b_dg.to(p_dg.dtype.element_ty), mask=m_slot & (e < entered)[None, :])
         else:
-            mbarrier.wait(share_empty.index(0), (step & 1) ^ 1)
+            mbarrier.wait(beyond_full.index(step % 2), (step // 2) & 1)
+            b_dg += s_beyond.index(step % 2).load(gl.SliceLayout(1, gates))[:, None]
             s_share.store(b_dg)
+            fence_async_shared()
             barrier()
             mbarrier.arrive(share_full.index(0), count=1)
     store_wait(0)
@@ -310,13 +323,13 @@ def tokens_partition(
 
 @gluon.jit(do_not_specialize=["T", "N", "entered", "delay", "segments", "chunks"])
 def resident_slots_kernel(
-    d_q, d_do, d_da, d_p, d_k, d_v, d_g, d_states, d_dk, d_dv, p_front, p_totals, p_rest, p_terms, p_dg,
+    d_q, d_do, d_da, d_p, d_k, d_v, d_g, d_states, d_terms, d_dk, d_dv, p_front, p_totals, p_rest, p_dg,
     T, N, entered, delay, segments, chunks, unscale,
     HQ: gl.constexpr, H: gl.constexpr, D: gl.constexpr, M: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
     """One segment of `chunks` blocks and one kv head. d_q, d_do: [N, T, H, NG, D]; d_da, d_p: [N, T, H, NG, M];
     d_k, d_v, d_dk, d_dv: [N, entered, H, D]; d_g: [N, entered, H, M]; d_states [N * segments * chunks / 2, H, M, 2 D],
-    times 1 / unscale; p_terms as in `RowGradients`; p_dg [N, T, H, M]; p_front [N * segments, H, M, 2 D] fp32: what the
+    times 1 / unscale; d_terms [TERMS * N, T, H, M]; p_dg [N, T, H, M]; p_front [N * segments, H, M, 2 D] fp32: what the
     rows of each segment come to for the slots in front of it; p_totals [N * segments, H, M] fp32: the sum of its gates,
     in log2; p_rest [N * segments * chunks, H, M] fp32: of those behind each block."""
     NG: gl.constexpr = HQ // H
@@ -340,7 +353,7 @@ def resident_slots_kernel(
     s_state_v = gl.allocate_shared_memory(bf16, [1, 1, BM, D], tile_layout(4))
     s_beyond = gl.allocate_shared_memory(gl.float32, [2, BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     narrow: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
-    s_share = gl.allocate_shared_memory(gl.float32, [BM, TOKENS], gl.SwizzledSharedLayout(1, 1, 1, [1, 0]))
+    s_terms = gl.allocate_shared_memory(gl.float32, [TERMS, 1, TOKENS, 1, BM], tile_layout(4, 32))
     # For keys and for values.
     s_a = gl.allocate_shared_memory(bf16, [2, BM, D], tile_layout(2))
     s_dx = gl.allocate_shared_memory(bf16, [2, 1, TOKENS, 1, D], tile_layout(4))
@@ -358,8 +371,9 @@ def resident_slots_kernel(
     a_full = barriers(1, 1)
     a_empty = barriers(1, 2)
     beyond_full = barriers(2, 1)
+    terms_full = barriers(1, 1)
+    terms_empty = barriers(1, 1)
     share_full = barriers(1, 1)
-    share_empty = barriers(1, 1)
     fence_async_shared()
     barrier()
     # Written out, since in a variable the sizes would no longer be constants.
@@ -371,25 +385,23 @@ def resident_slots_kernel(
                 beyond_full, segment, h, chunks, blocks, H, unscale, M, D, PARTS,
             )),
             (tokens_partition, (
-                d_dk, p_dg, p_terms, s_k, s_q, s_da, s_g, s_a, s_beyond, s_share, s_dx, s_written, s_left,
-                s_later, s_own, s_w, rows_full, rows_empty, tokens_full,
-                tokens_empty, a_full, a_empty, beyond_full, share_full, share_empty, n, h, e0, entered, delay, blocks,
-                T, N, H, True, TERMS, M, D, PARTS,
+                d_dk, p_dg, s_k, s_q, s_da, s_g, s_a, s_beyond, s_terms, s_dx, s_written, s_left, s_later, s_own,
+                s_w, rows_full, rows_empty, tokens_full, tokens_empty, a_full, a_empty, beyond_full, terms_full,
+                terms_empty, share_full, n, h, e0, entered, blocks, T, H, True, TERMS, M, D, PARTS,
             )),
             (tokens_partition, (
-                d_dv, p_dg, p_terms, s_v, s_do, s_p, s_g, s_a, s_beyond, s_share, s_dx, s_written, s_left,
-                s_later, s_own, s_w, rows_full, rows_empty, tokens_full,
-                tokens_empty, a_full, a_empty, beyond_full, share_full, share_empty, n, h, e0, entered, delay, blocks,
-                T, N, H, False, TERMS, M, D, PARTS,
+                d_dv, p_dg, s_v, s_do, s_p, s_g, s_a, s_beyond, s_terms, s_dx, s_written, s_left, s_later, s_own,
+                s_w, rows_full, rows_empty, tokens_full, tokens_empty, a_full, a_empty, beyond_full, terms_full,
+                terms_empty, share_full, n, h, e0, entered, blocks, T, H, False, TERMS, M, D, PARTS,
             )),
             (load_partition, (
-                d_q, d_do, d_da, d_p, d_k, d_v, d_g, d_states, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state_k,
-                s_state_v, rows_full, rows_empty, tokens_full, tokens_empty, state_full, state_empty, n, h, e0, delay,
-                segment * chunks // 2, blocks, D, PARTS,
+                d_q, d_do, d_da, d_p, d_k, d_v, d_g, d_states, d_terms, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state_k,
+                s_state_v, s_terms, rows_full, rows_empty, tokens_full, tokens_empty, state_full, state_empty,
+                terms_full, terms_empty, n, h, e0, delay, segment * chunks // 2, blocks, N, D, PARTS, TERMS,
             )),
         ],
         [4, 4, 1],
-        [152, 136, 24],
+        [136, 144, 24],
     )  # fmt: skip
 
 
@@ -426,8 +438,9 @@ def resident_slots_launches(
     arguments = dict(
         d_q=describe_rows(problem, inputs.q), d_do=describe_rows(problem, grad_o),
         d_da=describe_rows(problem, rows.logits), d_p=describe_rows(problem, rows.weights), d_k=describe_tokens(k),
-        d_v=describe_tokens(v), d_g=describe_tokens(g), d_states=stored.descriptor(), d_dk=describe_tokens(dk),
-        d_dv=describe_tokens(dv), p_front=front, p_totals=totals, p_rest=rest, p_terms=rows.terms, p_dg=dg,
+        d_v=describe_tokens(v), d_g=describe_tokens(g), d_states=stored.descriptor(),
+        d_terms=describe_tokens(rows.terms.view(-1, problem.tokens, heads, problem.slots)), d_dk=describe_tokens(dk),
+        d_dv=describe_tokens(dv), p_front=front, p_totals=totals, p_rest=rest, p_dg=dg,
         T=problem.tokens, N=problem.batch, entered=entered, delay=problem.delay, segments=stored.segments,
         chunks=stored.blocks, unscale=1 / stored.scale, HQ=problem.q_heads, H=heads, D=dim, M=problem.slots,
         TERMS=len(rows.terms),
