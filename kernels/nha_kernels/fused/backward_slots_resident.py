@@ -59,9 +59,33 @@ STAGES = gl.constexpr(2)  # steps whose rows and tokens are under way
 
 
 @gluon.jit
-def add_before(a, x, b, y):
-    """For a scan: (a, x) is the sum of what comes before the last element, and that element."""
-    return a + x + b, y
+def earlier_and_later(b_x, b_y, s_earlier, EXACT: gl.constexpr):
+    """For each token of [BM, TOKENS], in registers as products leave it: the sum of x over the tokens before it, and of
+    y over those behind it. By products, of two terms in bf16 each, or of one that is EXACT: a scan would have all warps
+    shuffle, and with sums from the right twice as much.
+
+    s_earlier [TOKENS, TOKENS]: 1 where the first is before the second, else 0."""
+    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=b_x.type.layout, k_width=2)
+    bf16: gl.constexpr = gl.bfloat16
+    s_later = s_earlier.permute((1, 0))
+    b_none = gl.zeros_like(b_x)
+    b_x_high = b_x.to(bf16)
+    b_y_high = b_y.to(bf16)
+    b_x_left = gl.convert_layout(b_x_high, left)
+    b_y_left = gl.convert_layout(b_y_high, left)
+    b_before = warpgroup_mma(b_x_left, s_earlier, b_none, use_acc=False, is_async=True)
+    b_behind = warpgroup_mma(b_y_left, s_later, b_none, use_acc=False, is_async=True)
+    if EXACT:
+        b_before, b_behind, _, _ = warpgroup_mma_wait(0, deps=(b_before, b_behind, b_x_left, b_y_left))
+    else:
+        b_x_low = gl.convert_layout((b_x - b_x_high.to(gl.float32)).to(bf16), left)
+        b_y_low = gl.convert_layout((b_y - b_y_high.to(gl.float32)).to(bf16), left)
+        b_before = warpgroup_mma(b_x_low, s_earlier, b_before, is_async=True)
+        b_behind = warpgroup_mma(b_y_low, s_later, b_behind, is_async=True)
+        b_before, b_behind, _, _, _, _ = warpgroup_mma_wait(
+            0, deps=(b_before, b_behind, b_x_left, b_y_left, b_x_low, b_y_low)
+        )
+    return b_before, b_behind
 
 
 @gluon.jit
@@ -214,8 +238,8 @@ def slots_partition(
 
 @gluon.jit
 def tokens_partition(
-    d_dx, p_dg, s_x, s_y, s_p, s_g, s_a, s_beyond, s_terms, s_dx, s_written, s_left, s_later, s_own, s_w,
-    rows_full, rows_empty, tokens_full, tokens_empty, a_full, a_empty, beyond_full, terms_full, terms_empty,
+    d_dx, p_dg, s_x, s_y, s_p, s_g, s_a, s_beyond, s_terms, s_earlier, s_dx, s_written, s_left, s_later, s_own,
+    s_w, rows_full, rows_empty, tokens_full, tokens_empty, a_full, a_empty, beyond_full, terms_full, terms_empty,
     share_full, n, h, e0, entered, blocks, T, H,
     IS_K: gl.constexpr, TERMS: gl.constexpr, M: gl.constexpr, D: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
@@ -224,12 +248,12 @@ def tokens_partition(
     What `values` hands to `keys` lies where the first of the terms was."""
     ROWS: gl.constexpr = TOKENS * HEADS
     tokens: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16])
-    gates: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])  # [BM, TOKENS], where sums run over tokens
+    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=tokens, k_width=2)
+    EXACT: gl.constexpr = s_g.dtype.primitive_bitwidth == 16  # gates in bf16
     bf16: gl.constexpr = gl.bfloat16
     j = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, tokens))
     tok = gl.arange(0, ROWS, layout=gl.SliceLayout(1, tokens)) // HEADS
-    u = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, gates))
-    m = gl.arange(0, BM, layout=gl.SliceLayout(1, gates))
+    m = gl.arange(0, BM, layout=gl.SliceLayout(1, tokens))
     m_upto = j[None, :] <= tok[:, None]  # [ROWS, TOKENS]
     m_own = j[None, :] == tok[:, None]
     m_slot = (m < M)[:, None]
@@ -239,11 +263,13 @@ def tokens_partition(
         stage = step % STAGES
         mine = unknown_place(0 if IS_K else 1, step, blocks)
         mbarrier.wait(tokens_full.index(stage), (step // STAGES) & 1)
-        b_g = s_g.index(stage).reshape([TOKENS, BM]).permute((1, 0)).load(gates).to(gl.float32)  # [BM, TOKENS]
+        b_g = s_g.index(stage).reshape([TOKENS, BM]).permute((1, 0)).load(left)  # [BM, TOKENS]
+        b_g = gl.convert_layout(b_g.to(gl.float32), tokens)
         b_strength = strength(b_g)
-        b_after, _ = leaving(b_g)
         b_cut = gl.maximum(b_g, STRONGEST)
-        b_token = gl.exp2(-gl.associative_scan(b_cut * LOG2E, 1, add) - ANCHOR)
+        b_before, b_after = earlier_and_later(b_cut, gl.maximum(b_g, ERASED), s_earlier.index(mine), EXACT)
+        b_token = gl.exp2((b_before + b_cut) * -LOG2E - ANCHOR)
+        b_after = gl.exp2(b_after * LOG2E)  # what is left behind the block
         b_written = (b_token * b_strength).to(bf16)
         s_written.index(mine).store(b_written)
         s_left.index(mine).store((b_strength * b_after).to(bf16))
@@ -289,31 +315,29 @@ def tokens_partition(
         fence_async_shared()
         barrier()
         store_async(d_dx, [n, e0 + (blocks - 1 - step) * TOKENS, h, 0], s_dx.index(mine))
-        b_behind = gl.convert_layout(b_behind, gates) * b_after
-        b_later = gl.convert_layout(b_later, gates)
-        b_own = gl.convert_layout(b_own, gates)
-        b_tokens, _ = gl.associative_scan((gl.full_like(b_behind, 0.0), b_strength * b_behind), 1, add_before)
+        b_behind = b_behind * b_after
         b_rows = -b_later * b_written.to(gl.float32)
         if not IS_K:
             mbarrier.wait(terms_full.index(0), step & 1)
             for term in gl.static_range(TERMS):
-                b_rows += s_terms.index(term).reshape([TOKENS, BM]).permute((1, 0)).load(gates)
-        b_rows = gl.associative_scan(b_rows, 1, add, reverse=True)
+                b_rows += s_terms.index(term).reshape([TOKENS, BM]).permute((1, 0)).load(tokens)
+        b_tokens, b_behind_rows = earlier_and_later(b_strength * b_behind, b_rows, s_earlier.index(mine), False)
+        b_rows += b_behind_rows
         b_dg = b_rows * gl.exp2((b_g - b_cut) * LOG2E) + b_tokens
         b_dg -= (b_behind + (b_later + b_own) * b_token) * gl.exp2(b_g * LOG2E)
         s_share = s_terms.index(0).reshape([TOKENS, BM]).permute((1, 0))
         if IS_K:
             mbarrier.wait(share_full.index(0), step & 1)
-            b_dg += s_share.load(gates)
+            b_dg += s_share.load(tokens)
             fence_async_shared()  # the copy engine is next to write there
             barrier()
             mbarrier.arrive(terms_empty.index(0), count=1)
-            e = e0 + (blocks - 1 - step) * TOKENS + u
+            e = e0 + (blocks - 1 - step) * TOKENS + j
             p_token = p_dg + ((n.to(gl.int64) * T + e) * H + h)[None, :] * M + m[:, None]
             gl.store(p_token, b_dg.to(p_dg.dtype.element_ty), mask=m_slot & (e < entered)[None, :])
         else:
             mbarrier.wait(beyond_full.index(step % 2), (step // 2) & 1)
-            b_dg += s_beyond.index(step % 2).load(gl.SliceLayout(1, gates))[:, None]
+            b_dg += s_beyond.index(step % 2).load(gl.SliceLayout(1, tokens))[:, None]
             s_share.store(b_dg)
             fence_async_shared()
             barrier()
@@ -355,6 +379,7 @@ def resident_slots_kernel(
     narrow: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
     s_terms = gl.allocate_shared_memory(gl.float32, [TERMS, 1, TOKENS, 1, BM], tile_layout(4, 32))
     # For keys and for values.
+    s_earlier = gl.allocate_shared_memory(bf16, [2, TOKENS, TOKENS], narrow)
     s_a = gl.allocate_shared_memory(bf16, [2, BM, D], tile_layout(2))
     s_dx = gl.allocate_shared_memory(bf16, [2, 1, TOKENS, 1, D], tile_layout(4))
     s_written = gl.allocate_shared_memory(bf16, [2, BM, TOKENS], narrow)
@@ -374,6 +399,11 @@ def resident_slots_kernel(
     terms_full = barriers(1, 1)
     terms_empty = barriers(1, 1)
     share_full = barriers(1, 1)
+    triangle: gl.constexpr = gl.BlockedLayout([1, 2], [4, 8], [4, 1], [1, 0])
+    j = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, triangle))[:, None]
+    b_earlier = (j < gl.arange(0, TOKENS, layout=gl.SliceLayout(0, triangle))[None, :]).to(bf16)
+    s_earlier.index(0).store(b_earlier)
+    s_earlier.index(1).store(b_earlier)
     fence_async_shared()
     barrier()
     # Written out, since in a variable the sizes would no longer be constants.
@@ -385,13 +415,13 @@ def resident_slots_kernel(
                 beyond_full, segment, h, chunks, blocks, H, unscale, M, D, PARTS,
             )),
             (tokens_partition, (
-                d_dk, p_dg, s_k, s_q, s_da, s_g, s_a, s_beyond, s_terms, s_dx, s_written, s_left, s_later, s_own,
-                s_w, rows_full, rows_empty, tokens_full, tokens_empty, a_full, a_empty, beyond_full, terms_full,
+                d_dk, p_dg, s_k, s_q, s_da, s_g, s_a, s_beyond, s_terms, s_earlier, s_dx, s_written, s_left, s_later,
+                s_own, s_w, rows_full, rows_empty, tokens_full, tokens_empty, a_full, a_empty, beyond_full, terms_full,
                 terms_empty, share_full, n, h, e0, entered, blocks, T, H, True, TERMS, M, D, PARTS,
             )),
             (tokens_partition, (
-                d_dv, p_dg, s_v, s_do, s_p, s_g, s_a, s_beyond, s_terms, s_dx, s_written, s_left, s_later, s_own,
-                s_w, rows_full, rows_empty, tokens_full, tokens_empty, a_full, a_empty, beyond_full, terms_full,
+                d_dv, p_dg, s_v, s_do, s_p, s_g, s_a, s_beyond, s_terms, s_earlier, s_dx, s_written, s_left, s_later,
+                s_own, s_w, rows_full, rows_empty, tokens_full, tokens_empty, a_full, a_empty, beyond_full, terms_full,
                 terms_empty, share_full, n, h, e0, entered, blocks, T, H, False, TERMS, M, D, PARTS,
             )),
             (load_partition, (
