@@ -51,7 +51,7 @@ from .hopper import (
     warpgroup_mma_wait,
 )
 from .primitives import ANCHOR, LOG2E, STRONGEST, Launch
-from .resident import ERASED, HEADS, TOKENS, add, describe_rows, describe_tokens
+from .resident import ERASED, HEADS, TOKENS, describe_rows, describe_tokens
 from .segment_ends import BM, NO_PIECES, strength
 from .states import scan_launch
 
@@ -102,20 +102,17 @@ def pair_turn(step, blocks):
 
 
 @gluon.jit
-def leaving(b_g):
-    """From a block's gates [BM, TOKENS], in fp32: what is left of each token behind the block, and of what was before
-    it [BM]."""
-    b_log2 = gl.maximum(b_g, ERASED) * LOG2E
-    b_total = gl.sum(b_log2, 1)
-    return gl.exp2(b_total[:, None] - gl.associative_scan(b_log2, 1, add)), gl.exp2(b_total)
+def load_gates(s_g, tokens: gl.constexpr):
+    """A block's gates, [BM, TOKENS], fp32."""
+    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=tokens, k_width=2)  # which comes by fewer loads
+    return gl.convert_layout(s_g.reshape([TOKENS, BM]).permute((1, 0)).load(left).to(gl.float32), tokens)
 
 
 @gluon.jit
 def load_partition(
-    d_q, d_do, d_da, d_p, d_k, d_v, d_g, d_states, d_terms, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state_k, s_state_v,
+    d_q, d_do, d_da, d_p, d_k, d_v, d_g, d_states, d_terms, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state,
     s_terms, rows_full, rows_empty, tokens_full, tokens_empty, state_full, state_empty, terms_full, terms_empty,
-    n, h, e0, delay, chunk, blocks, N,
-    D: gl.constexpr, PARTS: gl.constexpr, TERMS: gl.constexpr,
+    n, h, e0, delay, chunk, blocks, N, D: gl.constexpr, PARTS: gl.constexpr, TERMS: gl.constexpr,
 ):  # fmt: skip
     """What lies outside of the call, or behind the last token that enters the slots, reads as 0."""
     GATE_BYTES: gl.constexpr = d_g.dtype.primitive_bitwidth // 8
@@ -142,8 +139,8 @@ def load_partition(
             if (step == 0) | (block % 2 == 1):
                 mbarrier.wait(state_empty.index(0), (pair_turn(step, blocks) & 1) ^ 1)
                 mbarrier.expect(state_full.index(0), 2 * BM * D * 2)
-                load_async(d_states, [chunk + block // 2, h, 0, 0], state_full.index(0), s_state_k)
-                load_async(d_states, [chunk + block // 2, h, 0, D], state_full.index(0), s_state_v)
+                load_async(d_states, [chunk + block // 2, h, 0, 0], state_full.index(0), s_state.index(0))
+                load_async(d_states, [chunk + block // 2, h, 0, D], state_full.index(0), s_state.index(1))
         if step > 0:
             # Those of the step before: of all places theirs is the last to be free, and they are needed last.
             t = e0 + (blocks - step) * TOKENS + delay
@@ -155,7 +152,7 @@ def load_partition(
 
 @gluon.jit
 def slots_partition(
-    p_front, p_totals, p_rest, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state_k, s_state_v, s_a, s_beyond,
+    p_front, p_totals, p_rest, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state, s_a, s_beyond, s_earlier,
     rows_full, rows_empty, tokens_full, tokens_empty, state_full, state_empty, a_full, a_empty, beyond_full,
     segment, h, chunks, blocks, H, unscale,
     M: gl.constexpr, D: gl.constexpr, PARTS: gl.constexpr,
@@ -165,10 +162,12 @@ def slots_partition(
     acc: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, D, 16])
     square: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     tokens: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16])
-    gates: gl.constexpr = gl.BlockedLayout([1, 8], [16, 2], [4, 1], [1, 0])  # [BM, TOKENS], where sums run over tokens
     left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=square, k_width=2)
     of_acc: gl.constexpr = gl.SliceLayout(1, acc)
     ROWS: gl.constexpr = TOKENS * HEADS
+    EXACT: gl.constexpr = s_g.dtype.primitive_bitwidth == 16  # gates in bf16
+    diagonal = gl.arange(0, BM, layout=gl.SliceLayout(1, square))[:, None]
+    diagonal = diagonal == gl.arange(0, BM, layout=gl.SliceLayout(0, square))[None, :]
     b_k = gl.zeros([BM, D], gl.float32, acc)
     b_v = gl.zeros([BM, D], gl.float32, acc)
     b_rest = gl.zeros([BM], gl.float32, of_acc)
@@ -182,31 +181,41 @@ def slots_partition(
         barrier()
         mbarrier.arrive(a_full.index(0), count=1)
 
-        # What gates in front of the block meet behind it.
+        # What gates in front of the block meet behind it: of slots with slots, each with itself.
+        of_k = unknown_place(0, step, blocks)
+        of_v = unknown_place(1, step, blocks)
         mbarrier.wait(tokens_full.index(stage), (step // STAGES) & 1)
-        b_g = s_g.index(stage).reshape([TOKENS, BM]).permute((1, 0)).load(tokens).to(gl.float32)  # [BM, TOKENS]
-        b_step = gl.convert_layout(gl.sum(gl.maximum(b_g, ERASED) * LOG2E, 1), of_acc)  # [BM]
+        mbarrier.wait(state_full.index(0), pair_turn(step, blocks) & 1)
+        b_pairs = gl.zeros([BM, BM], gl.float32, square)
+        s_before = s_state.index(of_k).reshape([BM, D]).permute((1, 0))
+        b_pairs = warpgroup_mma(s_a.index(of_k), s_before, b_pairs, use_acc=False, is_async=True)
+        s_before = s_state.index(of_v).reshape([BM, D]).permute((1, 0))
+        b_pairs = warpgroup_mma(s_a.index(of_v), s_before, b_pairs, is_async=True)
+        b_step = gl.sum(gl.maximum(load_gates(s_g.index(stage), tokens), ERASED) * LOG2E, 1)
+        b_step = gl.convert_layout(b_step, of_acc)  # [BM]
         block = segment.to(gl.int64) * chunks + blocks - 1 - step
         gl.store(p_rest + (block * H + h) * M + m, b_rest, mask=m < M)
         b_rest += b_step
         b_total = gl.exp2(b_step)
-        mbarrier.wait(state_full.index(0), pair_turn(step, blocks) & 1)
-        b_beyond = gl.sum(b_k * (s_state_k.reshape([BM, D]).load(acc).to(gl.float32) * unscale), 1)
-        b_beyond += gl.sum(b_v * (s_state_v.reshape([BM, D]).load(acc).to(gl.float32) * unscale), 1)
+        b_pairs = warpgroup_mma_wait(0, deps=(b_pairs,))
+        b_beyond = gl.convert_layout(gl.sum(gl.where(diagonal, b_pairs, 0.0), 1), of_acc) * unscale
         first = (blocks - 1 - step) % 2 == 0  # of a pair
         if not first:  # between the stored slots and this block is the other
             other = (step + 1) % STAGES
             mbarrier.wait(tokens_full.index(other), ((step + 1) // STAGES) & 1)
             b_meet = gl.zeros([BM, TOKENS], gl.float32, tokens)
             s_token = s_k.index(other).reshape([TOKENS, D]).permute((1, 0))
-            b_meet = warpgroup_mma(s_a.index(0), s_token, b_meet, use_acc=False, is_async=True)
+            b_meet = warpgroup_mma(s_a.index(of_k), s_token, b_meet, use_acc=False, is_async=True)
             s_token = s_v.index(other).reshape([TOKENS, D]).permute((1, 0))
-            b_meet = warpgroup_mma(s_a.index(1), s_token, b_meet, is_async=True)
-            b_other = s_g.index(other).reshape([TOKENS, BM]).permute((1, 0)).load(gates).to(gl.float32)
-            b_left, b_kept = leaving(b_other)
-            b_meet = gl.convert_layout(warpgroup_mma_wait(0, deps=(b_meet,)), gates) * strength(b_other)
-            b_beyond = b_beyond * gl.convert_layout(b_kept, of_acc)
-            b_beyond += gl.convert_layout(gl.sum(b_meet * b_left, 1), of_acc)
+            b_meet = warpgroup_mma(s_a.index(of_v), s_token, b_meet, is_async=True)
+            b_other = load_gates(s_g.index(other), tokens)
+            b_strength = strength(b_other)
+            b_other = gl.maximum(b_other, ERASED)
+            b_meet = warpgroup_mma_wait(0, deps=(b_meet,))
+            b_before, b_after = earlier_and_later(b_other, b_other, s_earlier.index(of_k), EXACT)
+            b_meet = gl.sum(b_meet * b_strength * gl.exp2(b_after * LOG2E), 1)
+            b_kept = gl.exp2(gl.max(b_before + b_other + b_after, 1) * LOG2E)  # of all columns the same
+            b_beyond = b_beyond * gl.convert_layout(b_kept, of_acc) + gl.convert_layout(b_meet, of_acc)
         s_beyond.index(step % 2).store(b_beyond * b_total)
         barrier()
         mbarrier.arrive(beyond_full.index(step % 2), count=1)
@@ -248,7 +257,6 @@ def tokens_partition(
     What `values` hands to `keys` lies where the first of the terms was."""
     ROWS: gl.constexpr = TOKENS * HEADS
     tokens: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16])
-    left: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=tokens, k_width=2)
     EXACT: gl.constexpr = s_g.dtype.primitive_bitwidth == 16  # gates in bf16
     bf16: gl.constexpr = gl.bfloat16
     j = gl.arange(0, TOKENS, layout=gl.SliceLayout(0, tokens))
@@ -263,8 +271,7 @@ def tokens_partition(
         stage = step % STAGES
         mine = unknown_place(0 if IS_K else 1, step, blocks)
         mbarrier.wait(tokens_full.index(stage), (step // STAGES) & 1)
-        b_g = s_g.index(stage).reshape([TOKENS, BM]).permute((1, 0)).load(left)  # [BM, TOKENS]
-        b_g = gl.convert_layout(b_g.to(gl.float32), tokens)
+        b_g = load_gates(s_g.index(stage), tokens)
         b_strength = strength(b_g)
         b_cut = gl.maximum(b_g, STRONGEST)
         b_before, b_after = earlier_and_later(b_cut, gl.maximum(b_g, ERASED), s_earlier.index(mine), EXACT)
@@ -373,8 +380,7 @@ def resident_slots_kernel(
     s_v = gl.allocate_shared_memory(bf16, [STAGES, 1, TOKENS, 1, D], tile_layout(4))
     GATE_BITS: gl.constexpr = d_g.dtype.primitive_bitwidth
     s_g = gl.allocate_shared_memory(d_g.dtype, [STAGES, 1, TOKENS, 1, BM], tile_layout(4, GATE_BITS))
-    s_state_k = gl.allocate_shared_memory(bf16, [1, 1, BM, D], tile_layout(4))
-    s_state_v = gl.allocate_shared_memory(bf16, [1, 1, BM, D], tile_layout(4))
+    s_state = gl.allocate_shared_memory(bf16, [2, 1, 1, BM, D], tile_layout(4))  # of K~ and of V~
     s_beyond = gl.allocate_shared_memory(gl.float32, [2, BM], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     narrow: gl.constexpr = gl.NVMMASharedLayout(swizzle_byte_width=32, element_bitwidth=16, rank=2)
     s_terms = gl.allocate_shared_memory(gl.float32, [TERMS, 1, TOKENS, 1, BM], tile_layout(4, 32))
@@ -410,7 +416,7 @@ def resident_slots_kernel(
     gl.warp_specialize(
         [
             (slots_partition, (
-                p_front, p_totals, p_rest, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state_k, s_state_v, s_a, s_beyond,
+                p_front, p_totals, p_rest, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state, s_a, s_beyond, s_earlier,
                 rows_full, rows_empty, tokens_full, tokens_empty, state_full, state_empty, a_full, a_empty,
                 beyond_full, segment, h, chunks, blocks, H, unscale, M, D, PARTS,
             )),
@@ -425,13 +431,13 @@ def resident_slots_kernel(
                 terms_empty, share_full, n, h, e0, entered, blocks, T, H, False, TERMS, M, D, PARTS,
             )),
             (load_partition, (
-                d_q, d_do, d_da, d_p, d_k, d_v, d_g, d_states, d_terms, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state_k,
-                s_state_v, s_terms, rows_full, rows_empty, tokens_full, tokens_empty, state_full, state_empty,
-                terms_full, terms_empty, n, h, e0, delay, segment * chunks // 2, blocks, N, D, PARTS, TERMS,
+                d_q, d_do, d_da, d_p, d_k, d_v, d_g, d_states, d_terms, s_q, s_do, s_da, s_p, s_k, s_v, s_g, s_state,
+                s_terms, rows_full, rows_empty, tokens_full, tokens_empty, state_full, state_empty, terms_full,
+                terms_empty, n, h, e0, delay, segment * chunks // 2, blocks, N, D, PARTS, TERMS,
             )),
         ],
         [4, 4, 1],
-        [136, 144, 24],
+        [136, 136, 24],
     )  # fmt: skip
 
 
