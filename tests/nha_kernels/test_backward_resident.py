@@ -195,6 +195,18 @@ def test_the_same_bits_every_time(name: str, served: Any) -> None:
         assert all(torch.equal(x, expected[name]) for name, x in got.items())
 
 
+@hopper
+@pytest.mark.parametrize("name", ["large, spikes", "large, rope, fp32 gates", "several segments", "a group of 8"])
+def test_small_gradients_keep_their_digits(name: str, served: Any) -> None:
+    """Those of a mean over many tokens, say. All is linear, and a power of two changes no digit."""
+    args = make(ON_HOPPER[name], torch.bfloat16)
+    run = served(16)
+    expected = gradients(args, run)
+    small = gradients(args, lambda args: tuple(x * 2.0**-40 for x in run(args)))
+    errors = {name: error(x.float() * 2.0**40, expected[name]) for name, x in small.items()}
+    assert max(errors.values()) <= 2**-10, errors
+
+
 @pytest.mark.parametrize("change", [*OTHERS.values(), {"slots": 20, "gate_dtype": torch.float32}, {"q_heads": 8}])
 def test_what_they_do_not_take(change: dict[str, Any]) -> None:
     from nha_kernels.fused.backward import BackwardConfig, choose

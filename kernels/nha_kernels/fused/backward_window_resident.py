@@ -109,7 +109,7 @@ def load_partition(
 @gluon.jit
 def meet_behind(
     p_g, p_dg, p_rest, s_key, s_value, s_state_k, s_state_v, s_end_k, s_end_v, s_sum, mask, m_slot, tiles, unscale,
-    square: gl.constexpr, acc: gl.constexpr,
+    square: gl.constexpr,
 ):  # fmt: skip
     """Adds to the gradients of the tokens' gates in memory, p_dg, what they get by way of E, s_end_k and s_end_v
     [BM, D]. p_g, p_dg and mask [KEYS, BM]; p_rest, m_slot [BM]: the gates behind the program's tokens, in log2. Gives
@@ -122,10 +122,14 @@ def meet_behind(
     b_meet = gl.full_like(b_g, 0.0)
     b_meet = warpgroup_mma(s_key, s_end_k.permute((1, 0)), b_meet, use_acc=False, is_async=True)
     b_meet = warpgroup_mma(s_value, s_end_v.permute((1, 0)), b_meet, is_async=True)
-    b_begin = gl.sum(s_state_k.load(acc).to(gl.float32) * unscale * s_end_k.load(acc).to(gl.float32), 1)
-    b_begin += gl.sum(s_state_v.load(acc).to(gl.float32) * unscale * s_end_v.load(acc).to(gl.float32), 1)
-    b_begin = gl.convert_layout(b_begin, gl.SliceLayout(0, square))
-    b_meet = warpgroup_mma_wait(0, deps=(b_meet,))
+    b_begin = gl.full_like(b_g, 0.0)  # [BM, BM], of which the diagonal is S . E
+    b_begin = warpgroup_mma(s_state_k, s_end_k.permute((1, 0)), b_begin, use_acc=False, is_async=True)
+    b_begin = warpgroup_mma(s_state_v, s_end_v.permute((1, 0)), b_begin, is_async=True)
+    b_meet, b_begin = warpgroup_mma_wait(0, deps=(b_meet, b_begin))
+    row = gl.arange(0, BM, layout=gl.SliceLayout(1, square))
+    column = gl.arange(0, BM, layout=gl.SliceLayout(0, square))
+    b_begin = gl.sum(gl.where(row[:, None] == column[None, :], b_begin, 0.0), 0) * unscale
+    b_begin = b_begin * gl.exp2(gl.sum(b_g, 0) * LOG2E + b_rest)
     # Plus 0, which the compiler does not know: ptxas 12.8 was seen to leave out the parts of a left operand that are
     # constants.
     i = tiles // 64 + gl.arange(0, KEYS, layout=gl.SliceLayout(1, left))[:, None]
@@ -133,14 +137,15 @@ def meet_behind(
     b_decay = gl.exp2(add_up(b_g, s_sum, (j > i).to(bf16), TERMS) * LOG2E + b_rest[None, :])
     b_strength = strength(b_g)
     b_meet = b_meet * b_decay
-    barrier()  # for all warps the sum above is over
+    b_left = gl.convert_layout((b_strength * b_decay).to(bf16), left)
     b_given = b_strength * b_meet
+    b_kept = b_meet * gl.exp2(b_g * LOG2E)
+    barrier()  # for all warps the sum above is over
     b_dg = add_up(b_given, s_sum, (j < i).to(bf16), 2)
-    b_begin = b_begin * gl.exp2(gl.sum(b_g, 0) * LOG2E + b_rest)
-    b_dg += b_begin[None, :] - b_meet * gl.exp2(b_g * LOG2E)
+    b_dg += b_begin[None, :] - b_kept
     b_dg += gl.load(p_dg, mask=mask, other=0.0).to(gl.float32)
     gl.store(p_dg, b_dg.to(p_dg.dtype.element_ty), mask=mask)
-    return gl.convert_layout((b_strength * b_decay).to(bf16), left)
+    return b_left
 
 
 @gluon.jit
@@ -175,7 +180,7 @@ def keys_partition(
             b_left = meet_behind(
                 p_g + place, p_dg + place, p_rest + rest * M + m, s_key, s_value, s_q.index(0).reshape([BM, D]),
                 s_do.index(0).reshape([BM, D]), s_end_k, s_end_v, s_sum, (key < entered)[:, None] & (m < M)[None, :],
-                m < M, tiles, unscale, square, acc,
+                m < M, tiles, unscale, square,
             )  # fmt: skip
             b_dk = warpgroup_mma(b_left, s_end_k, b_dk, is_async=True)
             b_dv = warpgroup_mma(b_left, s_end_v, b_dv, is_async=True)
