@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class BackwardConfig:
         )  # fmt: skip
 
 
+@lru_cache  # most calls are like one of the last
 def choose(problem: Problem) -> BackwardConfig | ResidentRowsConfig:
     """How the gradients of a call are found.
 
