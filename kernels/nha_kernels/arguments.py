@@ -52,17 +52,21 @@ class Arguments(NamedTuple):
             return_lse=problem.return_lse, needs_grad=problem.needs_grad, backend=backend,
         )  # fmt: skip
 
-    def unpack(self) -> tuple[Problem, Inputs]:
-        """Put the call together again."""
+    def inputs(self) -> Inputs:
+        """Put the call's tensors together again."""
         state = None
         if self.state_seen is not None:
             tensors: dict[str, Any] = {name: getattr(self, f"state_{name}") for name in STATE}
             state = NHAState(**tensors, window_size=self.window, slot_delay=self.delay)
         rope = None if self.cos is None or self.sin is None else (self.cos, self.sin)
-        inputs = Inputs(
+        return Inputs(
             self.q, self.k, self.v, self.g, self.s, rope, self.q_window, self.k_window, self.scale, self.cu_seqlens,
             state,
         )  # fmt: skip
+
+    def unpack(self) -> tuple[Problem, Inputs]:
+        """Put the call together again."""
+        inputs = self.inputs()
         problem = Problem.of(
             inputs, self.window, self.delay, mask_empty_slots=self.mask_empty_slots, return_lse=self.return_lse,
             output_final_state=self.output_final_state, needs_grad=self.needs_grad,

@@ -35,7 +35,8 @@ def check_call(
     delay = window_size if slot_delay is None else _integer("slot_delay", slot_delay)
     _check_flags(mask_empty_slots=mask_empty_slots, output_final_state=output_final_state, return_lse=return_lse)
     q, k, v, g = inputs.q, inputs.k, inputs.v, inputs.g
-    _check_tensors(inputs)
+    tensors = _tensors(inputs)
+    _check_tensors(tensors, inputs)
 
     batch, tokens, q_heads, head_dim = q.shape
     kv_heads, value_dim, slots = k.shape[2], v.shape[3], g.shape[3]
@@ -68,10 +69,10 @@ def check_call(
         check_state(state, state_name, inputs, sequences, window_size, delay)
     if values_are_checked(g):
         check_values(inputs, state_name)
-    tensors = [*_tensors(inputs).values(), *(() if state is None else state.tensors().values())]
+    everything = [*tensors.values(), *(() if state is None else state.tensors().values())]
     return Problem.of(
         inputs, window_size, delay, mask_empty_slots=mask_empty_slots, output_final_state=output_final_state,
-        return_lse=return_lse, needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in tensors),
+        return_lse=return_lse, needs_grad=torch.is_grad_enabled() and any(x.requires_grad for x in everything),
     )  # fmt: skip
 
 
@@ -149,8 +150,8 @@ def check_offsets(bounds: list[int], tokens: int) -> None:
         _fail("cu_seqlens", expected, str(bounds if len(bounds) <= 12 else [*bounds[:6], "...", *bounds[-5:]]))
 
 
-def _check_tensors(inputs: Inputs) -> None:
-    for name, x in _tensors(inputs).items():
+def _check_tensors(tensors: dict[str, Tensor], inputs: Inputs) -> None:
+    for name, x in tensors.items():
         if not isinstance(x, Tensor):
             _fail(name, "a torch.Tensor", type(x).__name__, TypeError)
     q = inputs.q
@@ -160,7 +161,7 @@ def _check_tensors(inputs: Inputs) -> None:
             _fail(name, "4 dimensions", f"{x.ndim} ({_shape(x)})")
     if q.dtype not in FLOATS:
         _fail("q", "a floating dtype of 16, 32 or 64 bits", str(q.dtype), TypeError)
-    for name, x in _tensors(inputs).items():
+    for name, x in tensors.items():
         if x.device != q.device:
             _fail(name, f"device {q.device}, that of q", str(x.device))
         if name in ("k", "v", "q_window", "k_window") and x.dtype != q.dtype:

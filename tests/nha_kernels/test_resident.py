@@ -128,6 +128,54 @@ def test_segments_are_made_of_steps() -> None:
             ResidentConfig(tiles)
 
 
+def strided(shape: tuple[int, ...], stride: tuple[int, ...], first: int = 0) -> torch.Tensor:
+    return torch.arange(1 << 13, dtype=torch.bfloat16).as_strided(shape, stride, first)
+
+
+ODD: dict[str, torch.Tensor] = {
+    "a size of 1": strided((1, 5, 2, 64), (777, 128, 64, 1)),
+    "sizes of 1": strided((1, 5, 1, 64), (777, 64, 3, 1)),
+    "one row": strided((1, 1, 1, 64), (3, 5, 7, 1)),
+    "a size of 1, spread": strided((1, 5, 1, 64), (0, 64, 0, 1)),
+    "another order": strided((2, 5, 2, 64), (640, 64, 320, 1)),
+    "every other token": strided((2, 5, 2, 64), (1280, 256, 64, 1)),
+    "every other column": strided((2, 5, 2, 64), (1280, 256, 128, 2)),
+    "one row for all": strided((2, 5, 2, 64), (0, 0, 64, 1)),
+    "an odd address": strided((2, 5, 2, 64), (640, 128, 64, 1), 3),
+    "an odd address, a size of 1": strided((1, 5, 2, 64), (777, 128, 64, 1), 4),
+}
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_the_copy_engine_takes_what_is_aligned(name: str) -> None:
+    from nha_kernels.fused.hopper import aligned, descriptor
+
+    x = ODD[name]
+    for shape in ((), (*x.shape[:2], 1, *x.shape[2:])):
+        got = aligned(x, *shape)
+        assert got.stride() == torch.empty(shape or x.shape).stride()
+        assert got.data_ptr() % 16 == 0
+        assert torch.equal(got, x.reshape(shape or x.shape))
+        descriptor(got, [1] * (got.ndim - 1) + [64])
+
+
+def test_what_is_aligned_is_not_copied() -> None:
+    from nha_kernels.fused.hopper import aligned
+
+    for x in (strided((2, 5, 2, 64), (640, 128, 64, 1)), strided((1, 5, 2, 64), (777, 128, 64, 1), 8)):
+        for shape in ((), (*x.shape[:2], 1, *x.shape[2:])):
+            assert aligned(x, *shape).data_ptr() == x.data_ptr()
+
+
+def test_a_descriptor_has_the_layout_of_its_tile() -> None:
+    from nha_kernels.fused.hopper import descriptor, tile_layout
+
+    for dtype, bits in ((torch.bfloat16, 16), (torch.float32, 32)):
+        for shape in ((4, 64), (2, 4, 64), (1, 2, 4, 64), (1, 2, 2, 2, 64)):
+            box = [1] * (len(shape) - 1) + [64]
+            assert descriptor(torch.empty(shape, dtype=dtype), box).layout == tile_layout(len(shape), bits)
+
+
 @pytest.mark.parametrize("tokens", [1, 130])
 def test_a_size_of_one_may_have_any_stride(tokens: int) -> None:
     """It is contiguous whatever its stride, which the copy engine would not take."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -77,6 +78,7 @@ class BackwardConfig:
         )  # fmt: skip
 
 
+@lru_cache  # most calls are like one of the last
 def choose(problem: Problem, processors: int) -> BackwardConfig | ResidentRowsConfig:
     """The kernels that find a call's gradients on a GPU with so many multiprocessors, and how they are launched."""
     if why_not_resident(problem) is None:
@@ -206,9 +208,11 @@ class _Fused(torch.autograd.Function):
     """A call's `Arguments` -> o, lse, slot_k, slot_v as in `Result`."""
 
     @staticmethod
-    def forward(ctx: Any, serve: Callable[[Problem, Inputs], tuple[Result, Starts | None]], *arguments: Any) -> Result:
+    def forward(
+        ctx: Any, problem: Problem, serve: Callable[[Problem, Inputs], tuple[Result, Starts | None]], *arguments: Any
+    ) -> Result:
         call = Arguments(*arguments)
-        problem, inputs = call.unpack()
+        inputs = call.inputs()
         result, starts = serve(replace(problem, return_lse=True), inputs)
         if not isinstance(_config(problem, inputs), ResidentRowsConfig):
             starts = None  # of no use
@@ -219,6 +223,7 @@ class _Fused(torch.autograd.Function):
         )
         ctx.save_for_backward(*saved, result.lse, None if starts is None else starts.before)
         ctx.tiles = None if starts is None else starts.tiles
+        ctx.problem = problem
         ctx.numbers = call[TENSORS:]
         ctx.set_materialize_grads(False)
         return result if problem.return_lse else result._replace(lse=None)
@@ -228,8 +233,7 @@ class _Fused(torch.autograd.Function):
         refuse_second_order("triton")
         *tensors, lse, before = ctx.saved_tensors
         starts = None if ctx.tiles is None else Starts(ctx.tiles, before)
-        call = Arguments(*tensors, *ctx.numbers)
-        problem, inputs = call.unpack()
+        problem, inputs = ctx.problem, Arguments(*tensors, *ctx.numbers).inputs()
         grad_o, grad_lse, grad_k, grad_v = grads
         if grad_o is None:
             grad_o = inputs.q.new_zeros(*inputs.q.shape[:3], problem.value_dim)
@@ -243,11 +247,11 @@ class _Fused(torch.autograd.Function):
             grad_final = torch.cat((grad_k, grad_v), dim=-1)
         with torch.autocast(problem.device, enabled=False):
             found = gradients(problem, inputs, lse, grad_o, grad_lse, grad_final, starts)
-        return (None, *(found.get(name) for name in Arguments._fields))
+        return (None, None, *(found.get(name) for name in Arguments._fields))
 
 
 def run_differentiably(
     problem: Problem, inputs: Inputs, serve: Callable[[Problem, Inputs], tuple[Result, Starts | None]]
 ) -> Result:
     """Serve a call by `serve`, which has no gradients of its own, with those found here."""
-    return Result(*_Fused.apply(serve, *Arguments.of(problem, inputs, "triton")))
+    return Result(*_Fused.apply(problem, serve, *Arguments.of(problem, inputs, "triton")))

@@ -270,7 +270,8 @@ def window_partition(
     q_empty, keys_full, done, sums_full, staged_full, staged_empty, n, h, t0, tiles, T, HQ, scale,
     D: gl.constexpr, NG: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, L: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """The window's side of every tile, its q turned, and the gradient of q. Block i + x of the ring is the x-th that it meets."""
+    """The window's side of every tile, its q turned by the rotary embedding, and the gradient of q. Block i + x of the
+    ring is the x-th that it meets."""
     ROWS: gl.constexpr = TOKENS * HEADS
     slots: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     keys: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16])
@@ -376,13 +377,13 @@ def window_partition(
 
 @gluon.jit(do_not_specialize=["T", "N", "tiles", "segments", "chunks"])
 def resident_rows_kernel(
-    d_q, d_do, d_k, d_v, d_g, d_dq, d_turned, d_p, d_da, d_states, p_before, p_lse, p_dlse, p_sums, p_delta, p_terms, rope,
-    T, N, tiles, segments, chunks, scale,
+    d_q, d_do, d_k, d_v, d_g, d_dq, d_turned, d_p, d_da, d_states, p_before, p_lse, p_dlse, p_sums, p_delta, p_terms,
+    rope, T, N, tiles, segments, chunks, scale,
     HQ: gl.constexpr, H: gl.constexpr, D: gl.constexpr, M: gl.constexpr, WB: gl.constexpr, R: gl.constexpr,
     G: gl.constexpr, MASK_EMPTY: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One segment of `tiles` tiles and one kv head. d_q, d_do, d_dq, d_turned: [N, T, H, NG, D]; d_p, d_da: [N, T, H, NG, M];
-    d_k, d_v: [N, T, H, D]; d_g: [N, T, H, M]; d_states [N * chunks, H, M, 2 D]: `ResidentStates`; p_before and
+    """One segment of `tiles` tiles and one kv head. d_q, d_do, d_dq, d_turned: [N, T, H, NG, D], the last None
+    without a rotary embedding; d_p, d_da: [N, T, H, NG, M]; d_k, d_v: [N, T, H, D]; d_g: [N, T, H, M]; d_states [N * chunks, H, M, 2 D]: `ResidentStates`; p_before and
     rope as in `resident`; the other pointers as in `RowGradients`."""
     NG: gl.constexpr = HQ // H
     PARTS: gl.constexpr = (NG + HEADS - 1) // HEADS
@@ -452,8 +453,8 @@ def resident_rows_kernel(
             )),
             (window_partition, (
                 d_dq, d_turned, p_lse, p_dlse, rope, s_q, s_do, s_k, s_v, s_leaving, s_slot_k, s_factor, s_sums, s_da,
-                s_dq, q_full, q_empty, keys_full, done, sums_full, staged_full, staged_empty, n, h, t0, tiles, T, HQ, scale,
-                D, NG, WB, R, L, PARTS,
+                s_dq, q_full, q_empty, keys_full, done, sums_full, staged_full, staged_empty, n, h, t0, tiles, T, HQ,
+                scale, D, NG, WB, R, L, PARTS,
             )),
             (load_partition, (
                 d_q, d_do, d_k, d_v, d_g, s_q, s_do, s_k, s_v, s_g, s_leaving, q_full, q_empty, kv_full, g_full,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from itertools import product
 
 import torch
@@ -55,6 +55,7 @@ def launchable_problems() -> Iterator[Problem]:
         )  # fmt: skip
 
 
+@lru_cache  # most calls are like one of the last
 def choose(problem: Problem, processors: int) -> ForwardConfig | ResidentConfig:
     """The kernels that serve a problem on a GPU with so many multiprocessors, and how they are launched."""
     if why_not_resident(problem) is None:

@@ -5,6 +5,7 @@ Its names move between versions of Triton; every kernel takes them from here.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from torch import Tensor
@@ -81,12 +82,16 @@ def tile_layout(rank: int, bits: int = 16) -> Any:
     return gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=bits, rank=rank)
 
 
-def aligned(x: Tensor) -> Tensor:
-    """Contiguous, at an address and with strides that the copy engine takes."""
-    x = x.contiguous().flatten().view(x.shape)  # a size of 1 may come with any stride
+# As a kernel's code says it, for the host: there Triton's way to it takes longer than all else of a descriptor.
+_layout = cache(tile_layout)
+
+
+def aligned(x: Tensor, *shape: int) -> Tensor:
+    """Contiguous, at an address and with strides that the copy engine takes; in another shape, if given."""
+    x = x.contiguous().view(shape or x.shape)  # a size of 1 may have come with any stride
     return x if x.data_ptr() % 16 == 0 else x.clone()
 
 
 def descriptor(x: Tensor, box: list[int]) -> Any:
     """A tensor as the copy engine sees it, moved in boxes; what lies outside of it reads as 0 and is not written."""
-    return TensorDescriptor.from_tensor(x, box, tile_layout(len(box), 8 * x.element_size()))
+    return TensorDescriptor.from_tensor(x, box, _layout(len(box), 8 * x.element_size()))

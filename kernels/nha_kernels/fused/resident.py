@@ -546,7 +546,7 @@ def resident_kernel(
 
 def describe_rows(problem: Problem, x: Tensor) -> Any:
     """x [B, T, HQ, *] as the copy engine takes it, tile by tile."""
-    x = aligned(x).view(problem.batch, problem.tokens, problem.kv_heads, problem.group, x.shape[-1])
+    x = aligned(x, problem.batch, problem.tokens, problem.kv_heads, problem.group, x.shape[-1])
     return descriptor(x, [1, TOKENS.value, 1, HEADS.value, max(BM.value, x.shape[-1])])
 
 
