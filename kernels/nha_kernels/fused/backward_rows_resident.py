@@ -382,9 +382,9 @@ def resident_rows_kernel(
     HQ: gl.constexpr, H: gl.constexpr, D: gl.constexpr, M: gl.constexpr, WB: gl.constexpr, R: gl.constexpr,
     G: gl.constexpr, MASK_EMPTY: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One segment of `tiles` tiles and one kv head. d_q, d_do, d_dq, d_turned: [N, T, H, NG, D], the last None
-    without a rotary embedding; d_p, d_da: [N, T, H, NG, M]; d_k, d_v: [N, T, H, D]; d_g: [N, T, H, M]; d_states [N * chunks, H, M, 2 D]: `ResidentStates`; p_before and
-    rope as in `resident`; the other pointers as in `RowGradients`."""
+    """One segment of `tiles` tiles and one kv head. d_q, d_do, d_dq, d_turned (None without a rotary embedding):
+    [N, T, H, NG, D]; d_p, d_da: [N, T, H, NG, M]; d_k, d_v: [N, T, H, D]; d_g: [N, T, H, M]; d_states [N * chunks, H,
+    M, 2 D]: `ResidentStates`; p_before and rope as in `resident`; the other pointers as in `RowGradients`."""
     NG: gl.constexpr = HQ // H
     PARTS: gl.constexpr = (NG + HEADS - 1) // HEADS
     h = gl.program_id(0) % H
