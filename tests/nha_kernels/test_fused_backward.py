@@ -75,16 +75,15 @@ SETTINGS: dict[str, dict[str, dict[str, int]]] = {
 @contextmanager
 def launched(settings: dict[str, dict[str, Any]]) -> Iterator[None]:
     """With some launch settings changed, the gradients of calls that are made as any other."""
+    from nha_kernels.fused import backward
     from nha_kernels.fused.backward import BackwardConfig
 
-    default = BackwardConfig.default
-
-    def changed(problem: Problem) -> BackwardConfig:
-        config = default(problem)
+    def changed(problem: Problem, processors: int) -> BackwardConfig:
+        config = BackwardConfig.default(problem)
         return replace(config, **{name: replace(getattr(config, name), **x) for name, x in settings.items()})
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(BackwardConfig, "default", changed)
+        patch.setattr(backward, "choose", changed)
         yield
 
 
