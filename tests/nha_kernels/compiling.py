@@ -207,7 +207,7 @@ def compile_for(dtype: str, capability: int) -> None:
         launches, *_ = describe(problem, empty_inputs(problem), ForwardConfig.default(problem))
         for launch in launches:
             if is_new(launch, seen):
-                report(name(problem), launch, capability)
+                report(name(problem), launch, capability, listing=capability == 90)
 
 
 def is_new(launch: Launch, seen: set[Any]) -> bool:
@@ -261,9 +261,13 @@ def compile_resident_backward(name: str) -> None:
     grad_o = torch.empty(*lse.shape, problem.value_dim, dtype=problem.dtype)
     final = torch.empty(problem.sequences, problem.kv_heads, problem.slots, problem.head_dim + problem.value_dim)
     config = ResidentRowsConfig.default(problem, processors=132)
-    passes = backward.passes(problem, empty_inputs(problem, "cpu"), lse, grad_o, lse, final, config, {})
-    for launch in passes:
-        report(name, launch, 90, listing=True)
+    short = replace(problem, tokens=problem.delay)  # of which no token enters the slots
+    for called, grad_final in ((problem, final), (short, None)):
+        rows, grad = lse[:, : called.tokens].contiguous(), grad_o[:, : called.tokens].contiguous()
+        inputs = empty_inputs(called, "cpu")
+        passes = backward.passes(called, inputs, rows, grad, rows, grad_final, config, {})
+        for launch in passes:
+            report(name, launch, 90, listing=True)
 
 
 if __name__ == "__main__":

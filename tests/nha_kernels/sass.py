@@ -11,6 +11,12 @@ else, without a warning, and perhaps not on every run.
 of its group? Where ptxas 12.8 puts the copy there, that wgmma was seen to read shared memory out of bounds; ptxas 13.0
 puts it elsewhere. Not every such copy does harm: kernels are known that have some and are right.
 
+`constant_operands`: does a wgmma have a constant in a register of its left operand? ptxas 12.8 was seen to write such a
+constant for the second of two wgmmas only.
+
+`unset_addresses`: is a uniform register read that nothing wrote? ptxas 12.8 was seen to add the address of a wgmma's
+operand to one.
+
 `early_reads`: does a thread read global memory before it waited for the kernel before (griddepcontrol.wait, ACQBULK)?
 """
 
@@ -32,6 +38,9 @@ DESTINATION = re.compile(r"(?:U?P[T\d]\s*,\s*)*R(\d+)")
 # These only read what stands in the destination's place.
 READERS = re.compile(r"[A-Z]*SETP2?|FCHK|R2P|BAR|BRX|CALL|RET|WARPSYNC|NANOSLEEP")
 DOUBLES = ("DADD", "DFMA", "DMUL", "DSETP")
+CONSTANT = re.compile(r"\b(?:MOV R\d+, (?:RZ|0x[0-9a-f]+)$|CS2R\b|IMAD\.MOV\.U32 R\d+, RZ, RZ, (?:RZ|0x))")
+ARITHMETIC = re.compile(r"UIADD3|UIMAD|ULEA|ULOP3|UMOV|USEL|USHF")  # of uniform registers
+UNIFORM_DESTINATION = re.compile(r"(?:U?P[T\d]\s*,\s*)*UR(\d+)")
 LOAD = re.compile(r"LDG|LDGSTS|LD|ATOMG?|RED")  # of global memory
 # wgmmas under way at once. No kernel comes near; one that never waits must not be followed for ever.
 MOST = 256
@@ -90,6 +99,37 @@ def late_descriptors(sass: str) -> list[str]:
             if instruction.product is not None and register in instruction.product.descriptors:
                 found[f"{text} writes the descriptor of {instruction.text}"] = None
     return list(found)
+
+
+def constant_operands(sass: str) -> list[str]:
+    """A sentence for each wgmma that has a register of its left operand from an instruction that sets it to a constant,
+    or from none; of those above it, the last counts."""
+    found: dict[str, None] = {}
+    last: dict[int, str] = {}
+    for instruction in _instructions(sass):
+        for register in instruction.product.left if instruction.product is not None else ():
+            text = last.get(register, "nothing")
+            if text == "nothing" or CONSTANT.search(text):
+                found[f"{text} sets R{register} for {instruction.text}"] = None
+        last.update(dict.fromkeys(instruction.written, instruction.text))
+    return list(found)
+
+
+def unset_addresses(sass: str) -> list[str]:
+    """Each step of arithmetic that reads a uniform register which nothing above it writes."""
+    found: list[str] = []
+    written: set[int] = set()
+    for match in INSTRUCTION.finditer(sass):
+        address, _, operation, arguments = match.groups()
+        first = None if operation.startswith("UISETP") else UNIFORM_DESTINATION.match(arguments)
+        if ARITHMETIC.match(operation):
+            read = [int(x) for x in UNIFORM.findall(arguments)][1 if first else 0 :]
+            if not written.issuperset(read):
+                found.append(f"/*{address}*/ {operation} {arguments.strip()}")
+        if first:
+            wide = {"64", "WIDE"}.intersection(operation.split("."))
+            written.update(range(int(first[1]), int(first[1]) + (2 if wide else 1)))
+    return found
 
 
 def early_reads(sass: str) -> list[str]:
@@ -224,9 +264,12 @@ def _registers(name: str, operation: str, arguments: str) -> tuple[frozenset[int
     elif {"64", "F64", "WIDE"}.intersection(parts) or name in DOUBLES or (name == "CS2R" and "32" not in parts):
         width = 2
     touched: set[int] = set()
-    for operand in arguments.split(","):
+    operands = arguments.split(",")
+    for i, operand in enumerate(operands):
         for register in REGISTER.finditer(operand):
             count = (2 if register[2] else 1) if "[" in operand else width
+            if "WIDE" in parts and 0 < i < len(operands) - 1:  # the factors of a wide product are not
+                count = 1
             touched.update(range(int(register[1]), int(register[1]) + count))
     first = None if READERS.fullmatch(name) else DESTINATION.match(arguments)
     written = range(int(first[1]), int(first[1]) + width) if first else range(0)

@@ -62,7 +62,7 @@ STATES: dict[str, dict[str, int]] = {
 OUTPUT: dict[str, dict[str, Any]] = {
     "small tile": {"rows": 16},
     "wide keys": {"keys": 64},
-    "small blocks of slots": {"slots": 16},
+    "small blocks of slots": {"rows": 32, "slots": 16},
 }
 
 
@@ -112,6 +112,15 @@ def test_rows_that_are_refused(rows: int) -> None:
 
     with pytest.raises(ValueError, match=f"rows: expected 16, 32 or 64; got {rows}"):
         OutputConfig(rows=rows, keys=32, slots=64, columns=64, values=64, warps=4, stages=2, anchored=True)
+
+
+@pytest.mark.parametrize("name", ["slots", "columns", "values"])
+def test_narrow_blocks_that_are_refused(name: str) -> None:
+    from nha_kernels.fused.output import OutputConfig
+
+    sizes = dict.fromkeys(("slots", "columns", "values"), 64) | {name: 32}
+    with pytest.raises(ValueError, match=f"{name}: expected at least 64 with 64 rows; got 32"):
+        OutputConfig(rows=64, keys=32, warps=4, stages=2, anchored=True, **sizes)
 
 
 @pytest.mark.parametrize(

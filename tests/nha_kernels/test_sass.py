@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from .sass import early_reads, hazards, late_descriptors
+from .sass import constant_operands, early_reads, hazards, late_descriptors, unset_addresses
 
 # Two groups: R24 .. R31 = R4 .. R7 times shared memory, and R32 .. R39 = R8 .. R11 times shared memory.
 PRODUCTS = (
@@ -31,6 +31,7 @@ def listing(*instructions: str) -> str:
         "LDSM.16.MT88 R3, [R16]",
         "ISETP.GE.AND P0, PT, R4, R5, PT",  # writes no register, but P0
         "R2UR UR4, R6",
+        "IMAD.WIDE R14, R23, R12, R16",  # R23 alone, not R24
         "STS.128 [R23], R12",
         "BAR.SYNC.DEFER_BLOCKING R4, 0x80",
     ],
@@ -141,3 +142,31 @@ def test_what_it_cannot_read_it_refuses() -> None:
         late_descriptors(listing("HGMMA.64x16x16.F32.BF16 R24, R4, R8, RZ, !UPT, gsb0"))
     with pytest.raises(ValueError, match="under way at once"):
         hazards(listing(*PRODUCTS, "BRA 0x0"))
+
+
+@pytest.mark.parametrize(
+    ("before", "constant"),
+    [
+        (("MOV R4, R12", "MOV R5, R12", "LDS.64 R6, [R12]", "LDS.128 R8, [R12]"), False),
+        (("LDS.128 R4, [R12]", "LDS.128 R8, [R12]", "MOV R6, 0x3f803f80"), True),
+        (("LDS.128 R4, [R12]", "LDS.128 R8, [R12]", "CS2R R10, SRZ"), True),
+        (("LDS.128 R4, [R12]",), True),  # R8 .. R11 are never set
+        (("MOV R4, RZ", "LDS.128 R4, [R12]", "LDS.128 R8, [R12]"), False),
+    ],
+)
+def test_constants_in_a_left_operand(before: tuple[str, ...], constant: bool) -> None:
+    assert bool(constant_operands(listing(*before, *PRODUCTS))) == constant
+
+
+@pytest.mark.parametrize(
+    ("instructions", "unset"),
+    [
+        (("R2UR UR4, R6", "UIADD3 UR5, UP0, UR4, 0x2, URZ"), False),
+        (("ULDC.64 UR4, c[0x0][0x208]", "UIADD3.64 UR6, UR4, UR4, URZ", "UMOV UR8, UR7"), False),
+        (("R2UR UR4, R6", "UIADD3 UR5, UP0, UR14, 0x2, URZ"), True),
+        (("UMOV UR4, UR4",), True),
+        (("UISETP.LT.AND UP0, UPT, UR4, UR5, UPT", "UMOV UR6, UR4"), True),
+    ],
+)
+def test_uniform_registers_that_nothing_wrote(instructions: tuple[str, ...], unset: bool) -> None:
+    assert bool(unset_addresses(listing(*instructions))) == unset

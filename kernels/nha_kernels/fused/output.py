@@ -66,6 +66,10 @@ class OutputConfig:
         # Tiles of 128 rows are computed wrongly on Hopper where ptxas 12.8 compiles them.
         if self.rows not in (16, 32, 64):
             raise ValueError(f"rows: expected 16, 32 or 64; got {self.rows}")
+        # Narrower blocks with 64 rows: of some products it takes an address from a register that it never wrote.
+        for name in ("slots", "columns", "values"):
+            if self.rows == 64 and getattr(self, name) < 64:
+                raise ValueError(f"{name}: expected at least 64 with 64 rows; got {getattr(self, name)}")
 
     @classmethod
     def default(cls, problem: Problem) -> OutputConfig:
@@ -80,10 +84,11 @@ class OutputConfig:
                 rows=16, keys=16, slots=min(32, slots), columns=min(64, columns), values=values, warps=4, stages=1,
                 anchored=False,
             )  # fmt: skip
-        rows = min(64, max(16, triton.next_power_of_2(16 * min(problem.group, 16))))
+        most = 64 if min(columns, values) >= 64 else 32
+        rows = min(most, max(16, triton.next_power_of_2(16 * min(problem.group, 16))))
         columns = min(128 if widest > 256 else 256, columns)  # more of q, k and v would not fit shared memory together
         return cls(
-            rows=rows, keys=32, slots=min(64, slots), columns=columns, values=values,
+            rows=rows, keys=32, slots=64 if rows == 64 else min(64, slots), columns=columns, values=values,
             warps=8 if widest > 128 and rows == 64 else 4, stages=2, anchored=problem.dtype == torch.bfloat16,
         )  # fmt: skip
 
