@@ -22,6 +22,17 @@ def query_angles(rows: int, half: int) -> Any:
 
 
 @gluon.constexpr_function
+def columns_apart(angles: Any) -> Any:
+    """`query_angles` as [rows, half / 8, 8]: of the middle one, every thread has all."""
+    rows, half = angles.shape
+    reg, lane, warp = (
+        [[row, column // 8, column % 8] for row, column in bases]
+        for bases in (angles.reg_bases, angles.lane_bases, angles.warp_bases)
+    )
+    return gl.DistributedLinearLayout(reg, lane, warp, [], [rows, half // 8, 8])
+
+
+@gluon.constexpr_function
 def key_angles(rows: int, half: int) -> Any:
     """Layout of the angles [rows, half] of 8 keys, for two warps."""
     columns = [[0, 1 << x] for x in range(half.bit_length() - 1)]
@@ -56,6 +67,22 @@ def load_angles(rope, first, T, HEADS: gl.constexpr, layout: gl.constexpr):
     return gl.load(rope[0] + offset, eviction_policy="evict_last"), gl.load(
         rope[1] + offset, eviction_policy="evict_last"
     )
+
+
+@gluon.jit
+def load_near_angles(rope, first, T, HEADS: gl.constexpr, layout: gl.constexpr):
+    """`load_angles` by `query_angles`, a thread's addresses constants apart: one register for all of a row."""
+    ROWS: gl.constexpr = layout.shape[0]
+    HALF: gl.constexpr = layout.shape[1]
+    apart: gl.constexpr = columns_apart(layout)
+    t = first + gl.arange(0, ROWS, layout=gl.SliceLayout(1, gl.SliceLayout(2, apart))) // HEADS
+    row = (gl.minimum(gl.maximum(t, 0), T - 1).to(gl.int64) * HALF)[:, None, None]
+    column = gl.arange(0, 8, layout=gl.SliceLayout(0, gl.SliceLayout(1, apart)))[None, None, :]
+    # Constants, and the last to be added.
+    block = 8 * gl.arange(0, HALF // 8, layout=gl.SliceLayout(0, gl.SliceLayout(2, apart)))[None, :, None]
+    b_cos = gl.load(rope[0] + row + column + block, eviction_policy="evict_last").reshape([ROWS, HALF])
+    b_sin = gl.load(rope[1] + row + column + block, eviction_policy="evict_last").reshape([ROWS, HALF])
+    return gl.convert_layout(b_cos, layout, assert_trivial=True), gl.convert_layout(b_sin, layout, assert_trivial=True)
 
 
 @gluon.jit
