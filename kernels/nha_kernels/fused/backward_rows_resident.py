@@ -5,10 +5,11 @@ As in `resident` a program takes one segment and one kv head, and walks its tile
 rings, slots and decays are the same. Its warps divide the work:
 
     load     k and v of 16 tokens at a time, into a ring of R blocks, gates into one of G, q and do of a tile
-    rotate   with a rotary embedding the keys of each block, as in `resident`
+    rotate   with a rotary embedding the keys of each block, as in `resident`, and a tile's q for the window
     state    holds K~ and V~ in fp32 registers, publishes them for every tile, and sends them to memory
     slots    a tile's logits with the slots: their weights, their gradients, `terms`
-    window   the logits with the window's keys; and dq, also from the slots' logits, which are there in shared memory
+    window   the logits with the window's keys; and dq, also from the slots' logits, which are there in shared memory.
+             It sends to memory what the slots' partition leaves there, and dq from the same place
 
 A weight is p = exp(logit - lse). The sum of all weights and delta = sum(p * (do . value)) have a part in each of the
 two partitions, which they tell each other. Weights and gradients of logits leave with the rows' decays on them,
@@ -55,11 +56,10 @@ from .resident import (
     describe_rows,
     describe_tokens,
     first_reason,
-    rotate_partition,
     row_decay,
     state_partition,
 )
-from .rotary import load_angles, query_angles, rotate
+from .rotary import head_angles, load_head_angles, load_near_angles, query_angles, rotate, rotate_rows, turn_queries
 from .segment_ends import BM, ends_launches
 
 RAISED = gl.constexpr(2.0**8)
@@ -162,8 +162,8 @@ def share_sums(s_sums, sums_full, turn, b_sum, b_delta, me: gl.constexpr):
 
 @gluon.jit
 def slots_partition(
-    d_p, d_da, p_lse, p_dlse, p_sums, p_delta, p_terms, s_q, s_do, s_leaving, s_v, s_slot_k, s_slot_v, s_factor,
-    s_decay, s_strength, s_sums, s_p, s_da, q_full, q_empty, kv_full, leaving_full, slots_full, done, sums_full,
+    p_lse, p_dlse, p_sums, p_delta, p_terms, s_q, s_do, s_leaving, s_v, s_slot_k, s_slot_v, s_factor,
+    s_decay, s_strength, s_sums, s_staged, q_full, q_empty, kv_full, leaving_full, slots_full, done, sums_full,
     staged_full, staged_empty, n, h, t0, tiles, T, N, H, HQ, scale,
     M: gl.constexpr, D: gl.constexpr, NG: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, L: gl.constexpr,
     PARTS: gl.constexpr, MASK_EMPTY: gl.constexpr,
@@ -227,8 +227,8 @@ def slots_partition(
         if MASK_EMPTY:
             b_p = gl.where(t0 + (i - WB) * TOKENS < 0, 0.0, b_p)
         b_delta = gl.sum(b_p * (b_value + b_strength * b_own_value), 1)
-        # Also lest the window's partition miss a turn of the sums: it is done with the last tile.
-        mbarrier.wait(staged_empty.index(0), (turn & 1) ^ 1)
+        # Also lest the window's partition miss a turn of the sums: it is done with those of the last tile.
+        mbarrier.wait(staged_empty.index(0), turn & 1)
         b_inverse, b_delta = share_sums(s_sums, sums_full, turn, gl.sum(b_p, 1), b_delta, 0)
 
         gl.store(p_sums + row, b_lse - gl.log2(b_inverse), mask=m_row)
@@ -250,28 +250,22 @@ def slots_partition(
         b_decay = b_decay * RAISED
         b_p = (b_p * b_decay).to(bf16)
         b_da = (b_da * (b_decay * scale)).to(bf16)
-        store_wait(0)
-        barrier()
-        s_p.reshape([ROWS, BM]).store(b_p)
-        s_da.index(0).reshape([ROWS, BM]).store(b_da)
+        s_staged.index(0).reshape([ROWS, BM]).store(b_p)
+        s_staged.index(1).reshape([ROWS, BM]).store(b_da)
         fence_async_shared()
         barrier()
         mbarrier.arrive(staged_full.index(0), count=1)
         if part == PARTS - 1:
             mbarrier.arrive(done.index(i % R), count=1)
-        store_async(d_p, [n, t0 + i * TOKENS, h, part * HEADS, 0], s_p)
-        store_async(d_da, [n, t0 + i * TOKENS, h, part * HEADS, 0], s_da.index(0))
-    store_wait(0)
 
 
 @gluon.jit
 def window_partition(
-    d_dq, d_turned, p_lse, p_dlse, rope, s_q, s_do, s_k, s_v, s_leaving, s_slot_k, s_factor, s_sums, s_da, s_dq, q_full,
-    q_empty, keys_full, done, sums_full, staged_full, staged_empty, n, h, t0, tiles, T, HQ, scale,
+    d_dq, d_p, d_da, p_lse, p_dlse, rope, s_turned, s_do, s_k, s_v, s_leaving, s_slot_k, s_factor, s_sums, s_staged,
+    q_full, turned_full, q_empty, keys_full, done, sums_full, staged_full, staged_empty, n, h, t0, tiles, T, HQ, scale,
     D: gl.constexpr, NG: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, L: gl.constexpr, PARTS: gl.constexpr,
 ):  # fmt: skip
-    """The window's side of every tile, its q turned by the rotary embedding, and the gradient of q. Block i + x of the
-    ring is the x-th that it meets."""
+    """The window's side of every tile, and the gradient of q. Block i + x of the ring is the x-th that it meets."""
     ROWS: gl.constexpr = TOKENS * HEADS
     slots: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, BM, 16])
     keys: gl.constexpr = gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, TOKENS, 16])
@@ -293,36 +287,26 @@ def window_partition(
         part = turn % PARTS
         first = t0 + (i - WB) * TOKENS  # token of block i
         only = unknown_place(0, turn, tiles * PARTS)
-        s_query = s_q.index(only).reshape([ROWS, D])
+        s_query = s_turned.index(only).reshape([ROWS, D])
         s_out = s_do.index(only).reshape([ROWS, D])
         row, m_row = tile_rows(n, h, t0 + i * TOKENS, part, T, HQ, NG, of_keys)
         mbarrier.wait(keys_full.index((i + WB) % R), ((i + WB) // R) & 1)
         mbarrier.wait(q_full.index(0), turn & 1)
-        if rope is None:
-            query = s_query
-        else:
-            b_cos, b_sin = load_angles(rope, t0 + i * TOKENS, T, HEADS, query_angles(ROWS, D // 2))
-            query = rotate(s_query.load(left), b_cos, b_sin)
+        if rope is not None:
+            mbarrier.wait(turned_full.index(0), turn & 1)
         b_logits = ()  # [ROWS, TOKENS] each
         b_values = ()
         for x in gl.static_range(WB + 1):
             s_key = s_k.index((i + x) % R).reshape([TOKENS, D]).permute((1, 0))
             s_value = s_v.index((i + x) % R).reshape([TOKENS, D]).permute((1, 0))
-            b_logits = b_logits + (warpgroup_mma(query, s_key, b_none, use_acc=False, is_async=True),)
+            b_logits = b_logits + (warpgroup_mma(s_query, s_key, b_none, use_acc=False, is_async=True),)
             b_values = b_values + (warpgroup_mma(s_out, s_value, b_none, use_acc=False, is_async=True),)
-        if rope is None:
-            waited = warpgroup_mma_wait(0, deps=b_logits + b_values)
-        else:
-            store_wait(0)  # of the last tile
-            barrier()
-            s_dq.reshape([ROWS, D]).store(query)
-            fence_async_shared()
-            barrier()
-            store_async(d_turned, [n, t0 + i * TOKENS, h, part * HEADS, 0], s_dq)
-            waited = warpgroup_mma_wait(0, deps=b_logits + b_values + (query,))
+        waited = warpgroup_mma_wait(0, deps=b_logits + b_values)
         b_values = waited[WB + 1 : 2 * WB + 2]
+        store_wait(0)  # of the last tile
         barrier()
         mbarrier.arrive(q_empty.index(0), count=1)
+        mbarrier.arrive(staged_empty.index(0), count=1)
         b_p = ()
         b_sum = b_none
         b_delta = b_none
@@ -350,29 +334,70 @@ def window_partition(
             b_dq = warpgroup_mma(b_da[x], s_k.index((i + x) % R).reshape([TOKENS, D]), b_dq, is_async=True)
         b_dq = warpgroup_mma_wait(0, deps=(b_dq,) + b_da)[0]
         if rope is not None:  # and back
-            b_cos, b_sin = load_angles(rope, t0 + i * TOKENS, T, HEADS, query_angles(ROWS, D // 2))
+            b_cos, b_sin = load_near_angles(rope, t0 + i * TOKENS, T, HEADS, query_angles(ROWS, D // 2))
             b_dq = rotate(b_dq, b_cos, -b_sin)
 
         # What the slots' logits add: by way of the slots before block i, and of its tokens.
         mbarrier.wait(staged_full.index(0), turn & 1)
-        s_slot_da = s_da.index(only).reshape([ROWS, BM])
+        store_async(d_p, [n, t0 + i * TOKENS, h, part * HEADS, 0], s_staged.index(0))
+        store_async(d_da, [n, t0 + i * TOKENS, h, part * HEADS, 0], s_staged.index(1))
+        s_slot_da = s_staged.index(1 + only).reshape([ROWS, BM])
         s_factors = s_factor.index(i % 2).permute((1, 0))
         b_w = warpgroup_mma(s_slot_da, s_factors, b_none, use_acc=False, is_async=True)  # [ROWS, TOKENS]
         b_dq = warpgroup_mma(s_slot_da, s_slot_k.index(i % 2).reshape([BM, D]), b_dq, is_async=True)
         b_w, b_dq = warpgroup_mma_wait(1, deps=(b_w, b_dq))
         b_w = gl.convert_layout(gl.where(m_upto, b_w, 0.0).to(bf16), left)
         b_dq = warpgroup_mma(b_w, s_leaving.index(i % L).reshape([TOKENS, D]), b_dq, is_async=True)
-        store_wait(0)  # of what was here last
         b_dq = warpgroup_mma_wait(0, deps=(b_dq, b_w))[0]
+        store_wait(0)  # and now the gradient takes the place of what was sent
         barrier()
-        mbarrier.arrive(staged_empty.index(0), count=1)
         if part == PARTS - 1:
             mbarrier.arrive(done.index(i % R), count=1)
-        s_dq.reshape([ROWS, D]).store((b_dq * (1 / RAISED)).to(bf16))
+        b_dq = (b_dq * (1 / RAISED)).to(bf16)
+        if D == BM:
+            s_staged.index(0).reshape([ROWS, BM]).store(b_dq)
+        else:
+            b_lower, b_upper = gl.split(b_dq.reshape([ROWS, 2, BM]).permute((0, 2, 1)))
+            s_staged.index(0).reshape([ROWS, BM]).store(b_lower)
+            s_staged.index(1).reshape([ROWS, BM]).store(b_upper)
         fence_async_shared()
         barrier()
-        store_async(d_dq, [n, t0 + i * TOKENS, h, part * HEADS, 0], s_dq)
+        for x in gl.static_range(D // BM):
+            store_async(d_dq, [n, t0 + i * TOKENS, h, part * HEADS, x * BM], s_staged.index(x))
     store_wait(0)
+
+
+@gluon.jit
+def rotate_partition(
+    d_turned, rope, s_k, s_q, s_turned, kv_full, keys_full, q_full, turned_full, n, h, t0, tiles, T,
+    D: gl.constexpr, WB: gl.constexpr, R: gl.constexpr, PARTS: gl.constexpr,
+):  # fmt: skip
+    """The keys of every block in their place, and q of every tile to s_turned, and to memory. A tile's q is there only
+    when the window's partition is done with that of the last."""
+    ROWS: gl.constexpr = TOKENS * HEADS
+    layout: gl.constexpr = head_angles(HEADS, D // 2)
+    if rope is not None:
+        for x in range(tiles + WB):
+            mbarrier.wait(kv_full.index(x % R), (x // R) & 1)
+            rotate_rows(rope, s_k.index(x % R).reshape([TOKENS, D]), t0 + (x - WB) * TOKENS, T, TOKENS, 1, D)
+            fence_async_shared()
+            barrier()
+            mbarrier.arrive(keys_full.index(x % R), count=1)
+            i = x - WB
+            if i >= 0:
+                for part in range(PARTS):
+                    b_cos, b_sin = load_head_angles(rope, t0 + i * TOKENS, T, layout)
+                    mbarrier.wait(q_full.index(0), (i * PARTS + part) & 1)
+                    store_wait(0)  # of the last tile
+                    barrier()
+                    s_from = s_q.index(0).reshape([ROWS, D])
+                    s_to = s_turned.index(0).reshape([ROWS, D])
+                    turn_queries(rope, b_cos, b_sin, s_from, s_to, t0 + i * TOKENS, T, ROWS, HEADS, layout)
+                    fence_async_shared()
+                    barrier()
+                    mbarrier.arrive(turned_full.index(0), count=1)
+                    store_async(d_turned, [n, t0 + i * TOKENS, h, part * HEADS, 0], s_turned.index(0))
+        store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["T", "N", "tiles", "segments", "chunks"])
@@ -382,9 +407,9 @@ def resident_rows_kernel(
     HQ: gl.constexpr, H: gl.constexpr, D: gl.constexpr, M: gl.constexpr, WB: gl.constexpr, R: gl.constexpr,
     G: gl.constexpr, MASK_EMPTY: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    """One segment of `tiles` tiles and one kv head. d_q, d_do, d_dq, d_turned (None without a rotary embedding):
-    [N, T, H, NG, D]; d_p, d_da: [N, T, H, NG, M]; d_k, d_v: [N, T, H, D]; d_g: [N, T, H, M]; d_states [N * chunks, H,
-    M, 2 D]: `ResidentStates`; p_before and rope as in `resident`; the other pointers as in `RowGradients`."""
+    """One segment of `tiles` tiles and one kv head. d_q, d_do, d_turned, d_dq (BM columns at a time): [N, T, H, NG, D];
+    d_p, d_da: [N, T, H, NG, M]; d_k, d_v: [N, T, H, D]; d_g: [N, T, H, M]; d_states [N * chunks, H, M, 2 D]:
+    `ResidentStates`; p_before and rope as in `resident`; the other pointers as in `RowGradients`."""
     NG: gl.constexpr = HQ // H
     PARTS: gl.constexpr = (NG + HEADS - 1) // HEADS
     h = gl.program_id(0) % H
@@ -397,9 +422,7 @@ def resident_rows_kernel(
     bf16: gl.constexpr = gl.bfloat16
     s_q = gl.allocate_shared_memory(bf16, [1, 1, TOKENS, 1, HEADS, D], tile_layout(5))
     s_do = gl.allocate_shared_memory(bf16, [1, 1, TOKENS, 1, HEADS, D], tile_layout(5))
-    s_dq = gl.allocate_shared_memory(bf16, [1, TOKENS, 1, HEADS, D], tile_layout(5))
-    s_p = gl.allocate_shared_memory(bf16, [1, TOKENS, 1, HEADS, BM], tile_layout(5))
-    s_da = gl.allocate_shared_memory(bf16, [1, 1, TOKENS, 1, HEADS, BM], tile_layout(5))
+    s_staged = gl.allocate_shared_memory(bf16, [2, 1, TOKENS, 1, HEADS, BM], tile_layout(5))
     s_k = gl.allocate_shared_memory(bf16, [R, 1, TOKENS, 1, D], tile_layout(4))
     s_v = gl.allocate_shared_memory(bf16, [R, 1, TOKENS, 1, D], tile_layout(4))
     GATE_BITS: gl.constexpr = d_g.dtype.primitive_bitwidth
@@ -429,11 +452,15 @@ def resident_rows_kernel(
     s_leaving = s_k
     leaving_full = kv_full
     keys_full = kv_full
+    s_turned = s_q
+    turned_full = q_full
     if ROPE:
+        s_turned = gl.allocate_shared_memory(bf16, [1, 1, TOKENS, 1, HEADS, D], tile_layout(5))
+        turned_full = barriers(1, 1)
         s_leaving = gl.allocate_shared_memory(bf16, [L, 1, TOKENS, 1, D], tile_layout(4))
         leaving_full = barriers(L, 1)
         keys_full = barriers(R, 1)
-    WINDOW: gl.constexpr = 152  # registers of a thread
+    WINDOW: gl.constexpr = 144 if ROPE else 152  # registers of a thread
     HELPER: gl.constexpr = 40 if ROPE else 24
     fence_async_shared()
     barrier()
@@ -446,21 +473,24 @@ def resident_rows_kernel(
                 H, M, D, R, G, L,
             )),
             (slots_partition, (
-                d_p, d_da, p_lse, p_dlse, p_sums, p_delta, p_terms, s_q, s_do, s_leaving, s_v, s_slot_k, s_slot_v,
-                s_factor, s_decay, s_strength, s_sums, s_p, s_da, q_full, q_empty, kv_full, leaving_full, slots_full,
+                p_lse, p_dlse, p_sums, p_delta, p_terms, s_q, s_do, s_leaving, s_v, s_slot_k, s_slot_v,
+                s_factor, s_decay, s_strength, s_sums, s_staged, q_full, q_empty, kv_full, leaving_full, slots_full,
                 done, sums_full, staged_full, staged_empty, n, h, t0, tiles, T, N, H, HQ, scale, M, D, NG, WB, R, L,
                 PARTS, MASK_EMPTY,
             )),
             (window_partition, (
-                d_dq, d_turned, p_lse, p_dlse, rope, s_q, s_do, s_k, s_v, s_leaving, s_slot_k, s_factor, s_sums, s_da,
-                s_dq, q_full, q_empty, keys_full, done, sums_full, staged_full, staged_empty, n, h, t0, tiles, T, HQ,
-                scale, D, NG, WB, R, L, PARTS,
+                d_dq, d_p, d_da, p_lse, p_dlse, rope, s_turned, s_do, s_k, s_v, s_leaving, s_slot_k, s_factor, s_sums,
+                s_staged, q_full, turned_full, q_empty, keys_full, done, sums_full, staged_full, staged_empty, n, h,
+                t0, tiles, T, HQ, scale, D, NG, WB, R, L, PARTS,
             )),
             (load_partition, (
                 d_q, d_do, d_k, d_v, d_g, s_q, s_do, s_k, s_v, s_g, s_leaving, q_full, q_empty, kv_full, g_full,
                 leaving_full, done, absorbed, n, h, t0, tiles, D, WB, R, G, PARTS, ROPE,
             )),
-            (rotate_partition, (rope, s_k, kv_full, keys_full, t0, tiles, T, D, WB, R)),
+            (rotate_partition, (
+                d_turned, rope, s_k, s_q, s_turned, kv_full, keys_full, q_full, turned_full, n, h, t0, tiles, T,
+                D, WB, R, PARTS,
+            )),
         ],
         [4, 4, 1, 2],
         [REGISTERS, WINDOW, HELPER, HELPER],
@@ -490,6 +520,12 @@ class ResidentStates:
         return descriptor(self.states, [1, 1, BM.value, self.states.shape[-1] // 2])
 
 
+def describe_columns(problem: Problem, x: Tensor) -> Any:
+    """x [B, T, HQ, D] as the copy engine takes it, tile by tile and BM columns at a time."""
+    x = x.view(problem.batch, problem.tokens, problem.kv_heads, problem.group, problem.head_dim)
+    return descriptor(x, [1, TOKENS.value, 1, HEADS.value, BM.value])
+
+
 def resident_rows_launches(
     problem: Problem, inputs: Inputs, lse: Tensor, grad_o: Tensor, grad_lse: Tensor | None, config: ResidentRowsConfig,
     starts: Starts | None,
@@ -514,7 +550,7 @@ def resident_rows_launches(
     ring, gates = RINGS[inputs.rope is not None, problem.gate_dtype.itemsize]
     arguments = dict(
         d_q=describe_rows(problem, inputs.q), d_do=describe_rows(problem, grad_o), d_k=describe_tokens(k),
-        d_v=describe_tokens(v), d_g=describe_tokens(g), d_dq=describe_rows(problem, rows.q),
+        d_v=describe_tokens(v), d_g=describe_tokens(g), d_dq=describe_columns(problem, rows.q),
         d_turned=None if turned is None else describe_rows(problem, turned),
         d_p=describe_rows(problem, rows.weights), d_da=describe_rows(problem, rows.logits),
         d_states=stored.descriptor(), p_before=before, p_lse=lse, p_dlse=grad_lse, p_sums=rows.lse,

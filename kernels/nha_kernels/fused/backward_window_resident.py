@@ -40,7 +40,7 @@ from .hopper import (
 from .primitives import FORGET, LOG2E, Launch
 from .resident import HEADS, TOKENS, describe_rows, describe_tokens
 from .resident_single import add_up
-from .rotary import load_angles, query_angles, rotate
+from .rotary import load_near_angles, query_angles, rotate
 from .segment_ends import BM, strength
 
 KEYS = gl.constexpr(64)  # of a program. A segment is a multiple of it.
@@ -51,9 +51,10 @@ STAGES = gl.constexpr(2)  # tiles of rows under way, or what takes the place of 
 def load_partition(
     d_q, d_do, d_k, d_v, d_given_k, d_given_v, d_ends, d_states, p_lse, p_delta, s_q, s_do, s_k, s_v, s_rows,
     keys_full, rows_full, rows_empty, n, h, first, tiles, entered, T, HQ, segment, state,
-    D: gl.constexpr, NG: gl.constexpr, PARTS: gl.constexpr,
+    D: gl.constexpr, NG: gl.constexpr, PARTS: gl.constexpr, ROPE: gl.constexpr,
 ):  # fmt: skip
-    """The tiles begin with the first key's token. s_rows: the log-sum-exps and deltas of each place."""
+    """The tiles begin with the first key's token. s_rows: the log-sum-exps and deltas of each place. With a rotary
+    embedding E's part of keys comes once more, at the end."""
     ROWS: gl.constexpr = TOKENS * HEADS
     BYTES: gl.constexpr = 2 * ROWS * D * 2
     inf: gl.constexpr = float("inf")
@@ -104,6 +105,16 @@ def load_partition(
             load_async(d_given_k, [n, first, h, 0], rows_full.index(place), s_of_k)
             load_async(d_given_v, [n, first, h, 0], rows_full.index(place), s_of_v)
             mbarrier.arrive(rows_full.index(place), count=1)
+            turn += 1
+    if ROPE:
+        if d_ends is not None:
+            if first < entered:
+                place = turn % STAGES
+                mbarrier.wait(rows_empty.index(place), ((turn // STAGES) & 1) ^ 1)
+                mbarrier.expect(rows_full.index(place), BM * D * 2)
+                s_of_k = s_q.index(place).reshape([1, 1, BM, D])
+                load_async(d_ends, [segment, h, 0, 0], rows_full.index(place), s_of_k)
+                mbarrier.arrive(rows_full.index(place), count=1)
 
 
 @gluon.jit
@@ -182,19 +193,31 @@ def keys_partition(
                 s_do.index(0).reshape([BM, D]), s_end_k, s_end_v, s_sum, (key < entered)[:, None] & (m < M)[None, :],
                 m < M, tiles, unscale, square,
             )  # fmt: skip
-            b_dk = warpgroup_mma(b_left, s_end_k, b_dk, is_async=True)
-            b_dv = warpgroup_mma(b_left, s_end_v, b_dv, is_async=True)
-            b_dk, b_dv, b_left = warpgroup_mma_wait(0, deps=(b_dk, b_dv, b_left))
-            barrier()
-            mbarrier.arrive(rows_empty.index(0), count=1)
-            mbarrier.arrive(rows_empty.index(1), count=1)
+            if rope is None:
+                b_dk = warpgroup_mma(b_left, s_end_k, b_dk, is_async=True)
+                b_dv = warpgroup_mma(b_left, s_end_v, b_dv, is_async=True)
+                b_dk, b_dv, b_left = warpgroup_mma_wait(0, deps=(b_dk, b_dv, b_left))
+                barrier()
+                mbarrier.arrive(rows_empty.index(0), count=1)
+                mbarrier.arrive(rows_empty.index(1), count=1)
+            else:
+                barrier()  # for all warps the last sum is over
+                s_sum.store(b_left)
             turn += 2
-    if rope is not None:  # the keys in their place, and the gradient with them until the end
-        b_cos, b_sin = load_angles(rope, first, T, 1, query_angles(KEYS, D // 2))
-        b_dk = rotate(b_dk, b_cos, b_sin)
+    if rope is not None:
+        # The keys turn in their place, and their gradient turns back at the end; only then E adds to it. No gradient is
+        # there yet: with both in registers there would be none for angles.
+        b_cos, b_sin = load_near_angles(rope, first, T, 1, query_angles(KEYS, D // 2))
         s_key.store(rotate(s_key.load(left), b_cos, b_sin))
         fence_async_shared()
         barrier()
+        if p_rest is not None:
+            if first < entered:
+                b_dv = warpgroup_mma(s_sum, s_do.index(1).reshape([BM, D]), b_dv, is_async=True)
+                b_dv = warpgroup_mma_wait(0, deps=(b_dv,))
+                barrier()
+                mbarrier.arrive(rows_empty.index(0), count=1)
+                mbarrier.arrive(rows_empty.index(1), count=1)
 
     for tile in range(tiles * PARTS):
         place = turn % STAGES
@@ -221,17 +244,26 @@ def keys_partition(
         mbarrier.arrive(rows_empty.index(place), count=1)
         turn += 1
 
-    if rope is not None:  # and back
-        b_cos, b_sin = load_angles(rope, first, T, 1, query_angles(KEYS, D // 2))
-        b_dk = rotate(b_dk, b_cos, -b_sin)
+    if rope is not None:  # `first`, but not to the compiler, which would keep its addresses all the while
+        b_cos, b_sin = load_near_angles(rope, first + gl.minimum(tiles, 0), T, 1, query_angles(KEYS, D // 2))
+    # The values first: what they held is free while the keys' gradient turns back.
     if d_given_k is not None:
         if first < entered:
             place = turn % STAGES
             mbarrier.wait(rows_full.index(place), (turn // STAGES) & 1)
-            b_dk += s_q.index(place).reshape([KEYS, D]).load(acc).to(gl.float32)
             b_dv += s_do.index(place).reshape([KEYS, D]).load(acc).to(gl.float32)
-    s_key.store(b_dk.to(bf16))
     s_value.store(b_dv.to(bf16))
+    if rope is not None:
+        b_dk = rotate(b_dk, b_cos, -b_sin)
+        if p_rest is not None:
+            if first < entered:
+                mbarrier.wait(rows_full.index((turn + 1) % STAGES), ((turn + 1) // STAGES) & 1)
+                b_dk = warpgroup_mma(s_sum, s_q.index((turn + 1) % STAGES).reshape([BM, D]), b_dk, is_async=True)
+                b_dk = warpgroup_mma_wait(0, deps=(b_dk,))
+    if d_given_k is not None:
+        if first < entered:
+            b_dk += s_q.index(turn % STAGES).reshape([KEYS, D]).load(acc).to(gl.float32)
+    s_key.store(b_dk.to(bf16))
     fence_async_shared()
     barrier()
     store_async(d_dk, [n, first, h, 0], s_k.index(0))
@@ -284,7 +316,7 @@ def resident_window_kernel(
             (load_partition, (
                 d_q, d_do, d_k, d_v, d_given_k, d_given_v, d_ends, d_states, p_lse, p_delta, s_q, s_do, s_k, s_v,
                 s_rows, keys_full, rows_full, rows_empty, n, h, first, tiles, entered, T, HQ, block // blocks,
-                block // 2, D, NG, PARTS,
+                block // 2, D, NG, PARTS, rope is not None,
             )),
         ],
         [1],
