@@ -126,6 +126,16 @@ def test_tables_of_any_stride(served: Any) -> None:
     assert all(torch.equal(x, y) for x, y in zip(strided, grad((cos, sin)), strict=True))
 
 
+@pytest.mark.parametrize("name", ["rope", "several segments, rope"])
+def test_tables_that_also_scale(name: str, served: Any) -> None:
+    """As some extensions of the context do: the inverse of what they do is not what their angles' is."""
+    if ON_GPU and torch.cuda.get_device_capability()[0] != 9:
+        pytest.skip("the kernel with the slots on the chip needs Hopper")
+    args = make(CASES[name], torch.bfloat16)
+    args["rope"] = tuple(table * 1.25 for table in args["rope"])
+    assert_within_budget(args, gradients(args, served()))
+
+
 @emulated
 def test_tables_that_want_gradients_get_them(served: Any) -> None:
     """From the other kernels."""
@@ -198,7 +208,8 @@ def test_the_same_bits_every_time(name: str, served: Any) -> None:
 @hopper
 @pytest.mark.parametrize("name", ["large, spikes", "large, rope, fp32 gates", "several segments", "a group of 8"])
 def test_small_gradients_keep_their_digits(name: str, served: Any) -> None:
-    """Those of a mean over many tokens, say. All is linear, and a power of two changes no digit."""
+    """Those of a mean over many tokens, say. All is linear, and a power of two changes no digit, until sums with the
+    stored slots, which are 2^-96 of themselves, are subnormal: that begins about here."""
     args = make(ON_HOPPER[name], torch.bfloat16)
     run = served(16)
     expected = gradients(args, run)

@@ -37,12 +37,12 @@ SPILLED_WITH_ROPE = {  # by Triton 3.6 to 3.8
 SPILLED_BACKWARD = {"scan_kernel": 0, "rows_kernel": 320, "slots_kernel": 500, "window_kernel": 120}
 SPILLED_WIDE = {"bfloat16-D256-NG2-delay40": 1000}
 # Variants of the kernels for Hopper that find gradients, and what they move: for the most part constants of a loop, and
-# at the end of the window's, where two sums over all columns meet sums over all slots.
+# in the window's, before it, where sums over all columns meet sums over all slots.
 RESIDENT_BACKWARD = (
     "D128-NG4-W64-bfloat16", "D64-NG8-W64-float32", "D128-NG4-W16-bfloat16", "D128-NG8-W64-bfloat16-rope",
 )  # fmt: skip
 SPILLED_RESIDENT_BACKWARD = {
-    "ends_kernel": 0, "resident_rows_kernel": 400, "resident_slots_kernel": 500, "resident_window_kernel": 2200,
+    "ends_kernel": 0, "resident_rows_kernel": 300, "resident_slots_kernel": 400, "resident_window_kernel": 250,
 }  # fmt: skip
 # And addresses of operands that are copied back between the wgmmas of a group, by Triton 3.6 to 3.8. Some forward
 # kernels that are right have a few too; whether these do harm is unknown.

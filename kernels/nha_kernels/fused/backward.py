@@ -29,7 +29,7 @@ from .backward_rows import BLOCK, RowsConfig, rows_launch
 from .backward_rows_resident import ResidentRowsConfig, why_not_resident
 from .backward_slots import SlotsConfig, slots_launches
 from .backward_window import WindowConfig, window_launch
-from .primitives import Launch, Operands, processors
+from .primitives import Launch, Operands, processors_of
 from .resident import Starts
 from .states import StatesConfig, state_launches
 
@@ -90,7 +90,7 @@ def _config(problem: Problem, inputs: Inputs) -> BackwardConfig | ResidentRowsCo
     """`choose`, but for gradients of a rotary embedding's tables, which not all kernels leave a way to."""
     if inputs.rope is not None and any(table.requires_grad for table in inputs.rope):
         return BackwardConfig.default(problem)
-    return choose(problem, processors(inputs.q.device))
+    return choose(problem, processors_of(inputs.q.device))
 
 
 def passes(

@@ -22,7 +22,7 @@ def resident_passes(
     config: ResidentRowsConfig, found: dict[str, Tensor | None], starts: Starts | None,
 ) -> Iterator[Launch]:  # fmt: skip
     """As `backward.passes`."""
-    q, k, v, g = (aligned(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g))
+    q, k, v, g, grad_o = (aligned(x) for x in (inputs.q, inputs.k, inputs.v, inputs.g, grad_o))
     rope = None if inputs.rope is None else (inputs.rope[0].contiguous(), inputs.rope[1].contiguous())
     inputs = replace(inputs, q=q, k=k, v=v, g=g, rope=rope)
     launches, stored, rows, queries = resident_rows_launches(problem, inputs, lse, grad_o, grad_lse, config, starts)

@@ -531,8 +531,7 @@ def resident_rows_launches(
     starts: Starts | None,
 ) -> tuple[list[Launch], ResidentStates, RowGradients, Tensor]:  # fmt: skip
     """The launches in order, and what they fill, the last of it q as the window meets it: turned, if there is a rotary
-    embedding. starts: of the forward pass, whose segments these then are; None:
-    found anew."""
+    embedding. starts: of the forward pass, whose segments these then are; None: found anew."""
     batch, tokens, heads = problem.batch, problem.tokens, problem.kv_heads
     k, v, g = inputs.k, inputs.v, inputs.g
     if starts is not None:

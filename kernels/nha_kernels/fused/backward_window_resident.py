@@ -296,6 +296,7 @@ def resident_window_kernel(
     bf16: gl.constexpr = gl.bfloat16
     ROWS: gl.constexpr = TOKENS * HEADS
     gl.static_assert(KEYS == BM and KEYS == ROWS)  # so keys, slots and rows take each other's places, and share layouts
+    gl.static_assert(STAGES >= 2)  # of S and E, and in the end of what the slots gave and E
     s_q = gl.allocate_shared_memory(bf16, [STAGES, 1, TOKENS, 1, HEADS, D], tile_layout(5))
     s_do = gl.allocate_shared_memory(bf16, [STAGES, 1, TOKENS, 1, HEADS, D], tile_layout(5))
     s_k = gl.allocate_shared_memory(bf16, [1, 1, KEYS, 1, D], tile_layout(4))

@@ -15,7 +15,7 @@ from ..slots import final_slots, initial_slots
 from .backward import run_differentiably
 from .limits import DTYPES
 from .output import OutputConfig, output_launch
-from .primitives import Launch, Operands, processors
+from .primitives import Launch, Operands, processors_of
 from .resident import ResidentConfig, Starts, resident_launch, resident_launches, why_not_resident
 from .resident_single import SingleConfig, single_launch, why_not_single
 from .states import StatesConfig, state_launches
@@ -76,7 +76,7 @@ def _serve(
     problem: Problem, inputs: Inputs, config: ForwardConfig | ResidentConfig | None
 ) -> tuple[Result, Starts | None]:
     if config is None:
-        config = choose(problem, processors(inputs.q.device))
+        config = choose(problem, processors_of(inputs.q.device))
     launches, result, starts = describe(problem, inputs, config)
     with torch.cuda.device(inputs.q.device) if problem.device == "cuda" else nullcontext():
         for launch in launches:

@@ -194,7 +194,7 @@ def rotate(b_lower, b_upper, p_cos, p_sin, position, m_row, P, column, m_column,
 
 
 @cache
-def processors(device: torch.device) -> int:
+def processors_of(device: torch.device) -> int:
     """Multiprocessors of a GPU; 1 where kernels are emulated."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 

@@ -89,22 +89,23 @@ def why_not_single(problem: Problem) -> str | None:
 
 
 @gluon.jit
-def add_up(b_g, s_sum, s_upto, TERMS: gl.constexpr):
-    """Sums of gates [TOKENS, BM] up to each token, as a product with s_upto, the triangle of ones."""
+def add_up(b_g, s_sum, upto, TERMS: gl.constexpr):
+    """Sums of b_g [rows, BM] over those rows that upto [rows, rows], ones and zeros, has for each: a product. upto: in
+    shared memory, or as a left operand in registers."""
     b_sum = gl.full_like(b_g, 0.0)
     if TERMS == 2:  # fp32 gates go in as two terms of bf16
         b_rest = b_g - b_g.to(gl.bfloat16).to(gl.float32)
         s_sum.store(b_rest.to(gl.bfloat16))
         fence_async_shared()
         barrier()
-        b_sum = warpgroup_mma(s_upto, s_sum, b_sum, is_async=True)
-        b_sum = warpgroup_mma_wait(0, deps=(b_sum,))
+        b_sum = warpgroup_mma(upto, s_sum, b_sum, is_async=True)
+        b_sum, upto = warpgroup_mma_wait(0, deps=(b_sum, upto))
         barrier()
     s_sum.store(b_g.to(gl.bfloat16))
     fence_async_shared()
     barrier()
-    b_sum = warpgroup_mma(s_upto, s_sum, b_sum, is_async=True)
-    return warpgroup_mma_wait(0, deps=(b_sum,))
+    b_sum = warpgroup_mma(upto, s_sum, b_sum, is_async=True)
+    return warpgroup_mma_wait(0, deps=(b_sum, upto))[0]
 
 
 @gluon.jit
