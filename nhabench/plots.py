@@ -191,8 +191,9 @@ def headline(
     where = "\n".join(
         [*textwrap.wrap(where, int(LINE * figure.get_figwidth())), *(["; ".join(remarks)] if remarks else [])]
     )
-    if "\n" in where and len(figure.axes) > 1:  # these have titles of their own
-        figure.subplots_adjust(top=figure.subplotpars.top - 0.05)
+    further = where.count("\n") - (len(figure.axes) == 1)  # lines; several axes have titles of their own
+    if further > 0:
+        figure.subplots_adjust(top=figure.subplotpars.top - (0.02 + 0.03 * further))
     figure.text(left, 0.925 if len(figure.axes) == 1 else 0.905, where, fontsize=9.5, va="top", color="#333333")
     if absent:
         figure.text(0.99, 0.02, "\n".join(["slower, not drawn:", *absent]), fontsize=8, ha="right", color="#333333")
