@@ -28,8 +28,10 @@ from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 from nha_kernels.fused import backward
 from nha_kernels.fused.backward import BackwardConfig
 from nha_kernels.fused.backward_rows_resident import ResidentRowsConfig
+from nha_kernels.fused.backward_window_resident import resident_window_kernel
 from nha_kernels.fused.forward import ForwardConfig, choose, describe, launchable_problems
 from nha_kernels.fused.hopper import TensorDescriptor
+from nha_kernels.fused.output import output_kernel
 from nha_kernels.fused.primitives import Launch
 from nha_kernels.fused.states import segment_kernel
 from nha_kernels.problem import Inputs, Problem
@@ -207,7 +209,9 @@ def compile_for(dtype: str, capability: int) -> None:
         launches, *_ = describe(problem, empty_inputs(problem), ForwardConfig.default(problem))
         for launch in launches:
             if is_new(launch, seen):
-                report(name(problem), launch, capability, listing=capability == 90)
+                # Only this kernel has wgmmas, and a listing takes time.
+                listing = capability == 90 and launch.kernel is output_kernel and problem.dtype != torch.float32
+                report(name(problem), launch, capability, listing)
 
 
 def is_new(launch: Launch, seen: set[Any]) -> bool:
@@ -267,7 +271,8 @@ def compile_resident_backward(name: str) -> None:
         inputs = empty_inputs(called, "cpu")
         passes = backward.passes(called, inputs, rows, grad, rows, grad_final, config, {})
         for launch in passes:
-            report(name, launch, 90, listing=True)
+            if called is problem or launch.kernel is resident_window_kernel:
+                report(name, launch, 90, listing=True)
 
 
 if __name__ == "__main__":

@@ -11,8 +11,8 @@ else, without a warning, and perhaps not on every run.
 of its group? Where ptxas 12.8 puts the copy there, that wgmma was seen to read shared memory out of bounds; ptxas 13.0
 puts it elsewhere. Not every such copy does harm: kernels are known that have some and are right.
 
-`constant_operands`: does a wgmma have a constant in a register of its left operand? ptxas 12.8 was seen to write such a
-constant for the second of two wgmmas only.
+`constant_operands`: is a constant in a wgmma's left operand there in time? ptxas 12.8 was seen to write one for the
+second of two wgmmas only.
 
 `unset_addresses`: is a uniform register read that nothing wrote? ptxas 12.8 was seen to add the address of a wgmma's
 operand to one.
@@ -102,17 +102,29 @@ def late_descriptors(sass: str) -> list[str]:
 
 
 def constant_operands(sass: str) -> list[str]:
-    """A sentence for each wgmma that has a register of its left operand from an instruction that sets it to a constant,
-    or from none; of those above it, the last counts."""
+    """A sentence for each constant that is written into a left operand between two wgmmas which otherwise share it, and
+    for which the first of them, by address, had something else."""
     found: dict[str, None] = {}
     last: dict[int, str] = {}
+    met: dict[range, dict[int, str]] = {}
     for instruction in _instructions(sass):
-        for register in instruction.product.left if instruction.product is not None else ():
-            text = last.get(register, "nothing")
-            if text == "nothing" or CONSTANT.search(text):
-                found[f"{text} sets R{register} for {instruction.text}"] = None
+        if instruction.product is not None and instruction.product.left:
+            left = instruction.product.left
+            now = {register: last.get(register, "") for register in left}
+            before = met.get(left, {})
+            changed = {register for register in before if now[register] != before[register]}
+            for register in changed if len(changed) < len(left) else ():
+                same = _apart(now[register]) == _apart(before[register])
+                if CONSTANT.search(now[register]) and not same:
+                    found[f"{now[register]} comes late for {instruction.text}"] = None
+            met[left] = now
         last.update(dict.fromkeys(instruction.written, instruction.text))
     return list(found)
+
+
+def _apart(text: str) -> str:
+    """An instruction without its address."""
+    return text.partition("*/")[2]
 
 
 def unset_addresses(sass: str) -> list[str]:

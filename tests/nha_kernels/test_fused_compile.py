@@ -85,8 +85,7 @@ def test_every_variant_compiles(dtype: str, capability: int) -> None:
         assert row["transposed_left"] == 0, row
         assert not row["early"]
         assert row["between_launches"] == []  # which sm_80 does not know
-        if capability == 90:
-            assert_sound(row["sass"])
+        assert_sound(row.get("sass", ""))
 
 
 @pytest.mark.parametrize("name", resident_problems())
@@ -128,7 +127,7 @@ def test_the_resident_backward_pass_compiles(name: str) -> None:
     rows = compiled("resident-backward", name)
     assert [row["kernel"] for row in rows] == [
         "ends_kernel", "scan_kernel", "resident_rows_kernel", "resident_slots_kernel", "scan_kernel",
-        "resident_window_kernel", "resident_rows_kernel", "resident_window_kernel",
+        "resident_window_kernel", "resident_window_kernel",
     ]  # fmt: skip
     for row in rows:
         sass = row.pop("sass")

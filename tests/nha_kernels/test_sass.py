@@ -145,17 +145,19 @@ def test_what_it_cannot_read_it_refuses() -> None:
 
 
 @pytest.mark.parametrize(
-    ("before", "constant"),
+    ("before", "between", "late"),
     [
-        (("MOV R4, R12", "MOV R5, R12", "LDS.64 R6, [R12]", "LDS.128 R8, [R12]"), False),
-        (("LDS.128 R4, [R12]", "LDS.128 R8, [R12]", "MOV R6, 0x3f803f80"), True),
-        (("LDS.128 R4, [R12]", "LDS.128 R8, [R12]", "CS2R R10, SRZ"), True),
-        (("LDS.128 R4, [R12]",), True),  # R8 .. R11 are never set
-        (("MOV R4, RZ", "LDS.128 R4, [R12]", "LDS.128 R8, [R12]"), False),
+        ((), ("MOV R6, 0x3f803f80",), True),
+        (("CS2R R6, SRZ",), ("MOV R6, 0x3f803f80",), True),
+        (("MOV R6, RZ",), ("MOV R6, RZ",), False),
+        (("MOV R6, RZ",), (), False),
+        ((), ("FADD R6, R12, R13",), False),
+        ((), ("LDS.64 R4, [R12]", "MOV R6, RZ", "MOV R7, RZ"), False),  # another operand
     ],
 )
-def test_constants_in_a_left_operand(before: tuple[str, ...], constant: bool) -> None:
-    assert bool(constant_operands(listing(*before, *PRODUCTS))) == constant
+def test_constants_in_a_left_operand(before: tuple[str, ...], between: tuple[str, ...], late: bool) -> None:
+    product = PRODUCTS[1]
+    assert bool(constant_operands(listing("LDS.128 R4, [R12]", *before, product, WAIT, *between, product))) == late
 
 
 @pytest.mark.parametrize(
