@@ -56,10 +56,11 @@ from .resident import (
     describe_rows,
     describe_tokens,
     first_reason,
+    rotate_block,
     row_decay,
     state_partition,
 )
-from .rotary import head_angles, load_head_angles, load_near_angles, query_angles, rotate, rotate_rows, turn_queries
+from .rotary import head_angles, load_head_angles, load_near_angles, query_angles, rotate, turn_queries
 from .segment_ends import BM, ends_launches
 
 RAISED = gl.constexpr(2.0**8)
@@ -378,11 +379,7 @@ def rotate_partition(
     layout: gl.constexpr = head_angles(HEADS, D // 2)
     if rope is not None:
         for x in range(tiles + WB):
-            mbarrier.wait(kv_full.index(x % R), (x // R) & 1)
-            rotate_rows(rope, s_k.index(x % R).reshape([TOKENS, D]), t0 + (x - WB) * TOKENS, T, TOKENS, 1, D)
-            fence_async_shared()
-            barrier()
-            mbarrier.arrive(keys_full.index(x % R), count=1)
+            rotate_block(rope, s_k, kv_full, keys_full, x, t0, T, D, WB, R)
             i = x - WB
             if i >= 0:
                 for part in range(PARTS):

@@ -227,18 +227,24 @@ def load_partition(
 
 
 @gluon.jit
+def rotate_block(rope, s_k, kv_full, keys_full, x, t0, T, D: gl.constexpr, WB: gl.constexpr, R: gl.constexpr):
+    """The keys of block x in their place, as soon as they are there."""
+    mbarrier.wait(kv_full.index(x % R), (x // R) & 1)
+    rotate_rows(rope, s_k.index(x % R).reshape([TOKENS, D]), t0 + (x - WB) * TOKENS, T, TOKENS, 1, D)
+    fence_async_shared()
+    barrier()
+    mbarrier.arrive(keys_full.index(x % R), count=1)
+
+
+@gluon.jit
 def rotate_partition(
     rope, s_k, kv_full, keys_full, t0, tiles, T, D: gl.constexpr, WB: gl.constexpr, R: gl.constexpr
 ):  # fmt: skip
-    """The keys of every block, as soon as they are there. Without an embedding there is nothing to do, and the two
-    warps cost nothing: warps come by fours."""
+    """The keys of every block. Without an embedding there is nothing to do, and the two warps cost nothing: warps come
+    by fours."""
     if rope is not None:
         for x in range(tiles + WB):
-            mbarrier.wait(kv_full.index(x % R), (x // R) & 1)
-            rotate_rows(rope, s_k.index(x % R).reshape([TOKENS, D]), t0 + (x - WB) * TOKENS, T, TOKENS, 1, D)
-            fence_async_shared()
-            barrier()
-            mbarrier.arrive(keys_full.index(x % R), count=1)
+            rotate_block(rope, s_k, kv_full, keys_full, x, t0, T, D, WB, R)
 
 
 @gluon.jit
